@@ -1,0 +1,76 @@
+"""The shape of a Gated DeltaNet language model, and how it grows with width."""
+
+from typing import Literal, NamedTuple
+
+from pydantic import Field
+
+from gdn_mup.settings import Settings
+
+GrowthMode = Literal["heads", "head_dim"]
+
+
+class InitialScale(Settings):
+    """Initial standard deviations at the base width, where every rule set coincides.
+
+    `hidden`, `residual`, `gate` and `readout` are gains over 1/√fan-in; `embedding` is a standard deviation.
+    """
+
+    embedding: float = Field(1.0, gt=0, description="Standard deviation of the embedding.")
+    hidden: float = Field(1.0, gt=0, description="Gain of q, k, v, g and the MLP's input matrices.")
+    residual: float = Field(1.0, gt=0, description="Gain of the matrices that write to the residual stream.")
+    gate: float = Field(1.0, gt=0, description="Gain of the projections of α and β (W_a, W_b).")
+    readout: float = Field(1.0, ge=0, description="Gain of the readout (ignored when embeddings are tied).")
+
+
+class ModelSettings(Settings):
+    """A Gated DeltaNet at the base width. `heads`, `head_dim` and `value_head_dim` are the base width's."""
+
+    base_width: int = Field(32, gt=0, description="Width d₀ of the residual stream at which rule sets coincide.")
+    layers: int = Field(2, gt=0, description="Blocks: a gated delta rule mixer and an MLP each.")
+    heads: int = Field(2, gt=0, description="Heads at the base width.")
+    head_dim: int = Field(16, gt=0, description="Key dimension K of a head at the base width.")
+    value_head_dim: int = Field(16, gt=0, description="Value dimension V of a head at the base width.")
+    mlp_ratio: float = Field(3.0, gt=0, description="Inner width of the gated MLP over the model's width.")
+    conv_size: int = Field(4, gt=0, description="Taps of the short causal convolution on q, k and v.")
+    tied_embeddings: bool = Field(False, description="Whether the readout is the embedding's transpose.")
+    norm_epsilon: float = Field(1e-5, ge=0, description="ε of every RMSNorm.")
+    initial_scale: InitialScale = InitialScale()
+
+
+class ModelShape(NamedTuple):
+    """A model of one width, all sizes resolved. Compare two of them to see which axes grow."""
+
+    width: int
+    layers: int
+    heads: int
+    head_dim: int
+    value_head_dim: int
+    mlp_width: int
+    conv_size: int
+    vocabulary_size: int
+    tied_embeddings: bool
+
+
+def model_shape(model: ModelSettings, width: int, growth: GrowthMode, vocabulary_size: int) -> ModelShape:
+    """The model at `width`, grown from the base width by more heads or by larger heads.
+
+    Raises ValueError, naming the widths that fit, if a size would not be a whole number.
+    """
+    grown = {"heads": model.heads, "head_dim": model.head_dim, "value_head_dim": model.value_head_dim}
+    for size in ("heads",) if growth == "heads" else ("head_dim", "value_head_dim"):
+        scaled, remainder = divmod(grown[size] * width, model.base_width)
+        if remainder or scaled == 0:
+            raise ValueError(
+                f"width {width} does not give a whole number of {size}: {grown[size]} at base width "
+                f"{model.base_width}, growth `{growth}`; use multiples of {model.base_width}"
+            )
+        grown[size] = scaled
+    return ModelShape(
+        width=width,
+        layers=model.layers,
+        mlp_width=round(model.mlp_ratio * width),
+        conv_size=model.conv_size,
+        vocabulary_size=vocabulary_size,
+        tied_embeddings=model.tied_embeddings,
+        **grown,
+    )

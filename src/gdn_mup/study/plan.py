@@ -1,0 +1,226 @@
+"""A study file becomes the list of jobs that it asks for.
+
+A *job* is one (growth, optimizer, width, seed); its *members*, trained together, are every
+(rule set, learning rate) of that sweep. Nothing here imports torch: the workflow reads plans all the time.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
+
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from gdn_mup.corpus.config import CorpusSettings
+from gdn_mup.errors import UserError
+from gdn_mup.model.config import GrowthMode, ModelSettings, model_shape
+from gdn_mup.settings import Settings
+from gdn_mup.training.config import OptimizerName, TrainingSettings
+
+RuleSetName = Literal["sp", "mup", "liu_gu", "gdn_mup"]
+
+
+class LearningRateGrid(Settings):
+    """Learning rates 2^first, 2^(first + step), …, 2^last."""
+
+    log2_first: float = Field(description="log₂ of the smallest learning rate.")
+    log2_last: float = Field(description="log₂ of the largest learning rate.")
+    log2_step: float = Field(1.0, gt=0, description="Octaves between neighbours.")
+
+    @model_validator(mode="after")
+    def _increasing(self) -> Self:
+        if self.log2_last <= self.log2_first:
+            raise ValueError(
+                f"the grid must increase: log2_last {self.log2_last} is not above log2_first {self.log2_first}"
+            )
+        return self
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """The learning rates at the base width, ascending."""
+        count = int((self.log2_last - self.log2_first) / self.log2_step + 1e-9) + 1
+        return tuple(2.0 ** (self.log2_first + i * self.log2_step) for i in range(count))
+
+
+class Experiment(Settings):
+    """What sweeps and coordinate checks share: which models, under which rules."""
+
+    growth: GrowthMode
+    optimizer: OptimizerName
+    rules: tuple[RuleSetName, ...] = Field(min_length=1, description="Rule sets, trained side by side.")
+    widths: tuple[int, ...] = Field(min_length=1, description="Ascending; the base width among them.")
+    seeds: tuple[int, ...] = Field(min_length=1, description="A seed sets the init and the order of the data.")
+    training: dict[str, Any] = Field({}, description="Keys of `training` that this experiment overrides.")
+
+    @field_validator("widths")
+    @classmethod
+    def _ascending(cls, widths: tuple[int, ...]) -> tuple[int, ...]:
+        if list(widths) != sorted(set(widths)) or widths[0] <= 0:
+            raise ValueError(f"widths must be positive and ascending, not {list(widths)}")
+        return widths
+
+    @field_validator("rules", "seeds")
+    @classmethod
+    def _distinct(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        if len(set(values)) != len(values):
+            raise ValueError(f"named twice: {list(values)}")
+        return values
+
+
+class Sweep(Experiment):
+    """A learning-rate sweep at every width."""
+
+    learning_rates: LearningRateGrid
+
+
+class CoordinateCheck(Experiment):
+    """Sizes of activations, gradients and updates on a probe batch, at chosen steps of training."""
+
+    learning_rate: float = Field(gt=0, description="At the base width; constant over the steps.")
+    steps: tuple[int, ...] = Field((0, 1, 2, 4, 8), min_length=1, description="Updates done when measured.")
+    probe_sequences: int = Field(4, gt=0, description="Sequences in the fixed probe batch.")
+
+    @field_validator("steps")
+    @classmethod
+    def _steps_ascend(cls, steps: tuple[int, ...]) -> tuple[int, ...]:
+        if list(steps) != sorted(set(steps)) or steps[0] != 0:
+            raise ValueError(f"steps must be ascending and start at 0 (the init), not {list(steps)}")
+        return steps
+
+
+class Job(NamedTuple):
+    """One training process and the one file that it writes."""
+
+    kind: str  # "lr_sweep" or "coordinates"
+    growth: GrowthMode
+    optimizer: OptimizerName
+    width: int
+    seed: int
+
+    @property
+    def path(self) -> str:
+        """Where its file lies inside `results/<study>/`."""
+        return f"jobs/{self.kind}/{self.growth}_{self.optimizer}_width{self.width}_seed{self.seed}.nc"
+
+
+class Study(Settings):
+    """A study file: one corpus, one model family, its coordinate checks and its learning-rate sweeps."""
+
+    corpus: CorpusSettings = CorpusSettings()
+    model: ModelSettings = ModelSettings()
+    training: TrainingSettings = TrainingSettings()
+    coordinate_checks: tuple[CoordinateCheck, ...] = ()
+    sweeps: tuple[Sweep, ...] = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for section, experiments in self._experiments().items():
+            seen: set[tuple[str, str]] = set()
+            for i, experiment in enumerate(experiments):
+                where = f"{section}[{i}]"
+                key = (experiment.growth, experiment.optimizer)
+                if key in seen:
+                    raise ValueError(f"{where}: a second entry for growth `{key[0]}` and optimizer `{key[1]}`")
+                seen.add(key)
+                if self.model.base_width not in experiment.widths:
+                    raise ValueError(
+                        f"{where}.widths: {list(experiment.widths)} lacks the base width {self.model.base_width}"
+                    )
+                for width in experiment.widths:
+                    try:
+                        model_shape(self.model, width, experiment.growth, self.corpus.vocabulary_size)
+                    except ValueError as error:
+                        raise ValueError(f"{where}.widths: {error}") from None
+                try:
+                    self.training_of(experiment)
+                except ValidationError as error:
+                    raise ValueError(f"{where}.training.{_first_problem(error)}") from None
+        return self
+
+    def _experiments(self) -> dict[str, tuple[Experiment, ...]]:
+        return {"coordinate_checks": self.coordinate_checks, "sweeps": self.sweeps}
+
+    def training_of(self, experiment: Experiment) -> TrainingSettings:
+        """The study's training settings with the experiment's own on top."""
+        return TrainingSettings.model_validate(self.training.model_dump() | experiment.training)
+
+    def experiment_of(self, job: Job) -> Sweep | CoordinateCheck:
+        """The sweep or coordinate check that a job belongs to."""
+        experiments: Iterable[Sweep | CoordinateCheck] = (
+            self.sweeps if job.kind == "lr_sweep" else self.coordinate_checks
+        )
+        for experiment in experiments:
+            if (experiment.growth, experiment.optimizer) == (job.growth, job.optimizer):
+                if job.width not in experiment.widths or job.seed not in experiment.seeds:
+                    break
+                return experiment
+        raise UserError(
+            f"the study has no {job.kind} job growth={job.growth} optimizer={job.optimizer} "
+            f"width={job.width} seed={job.seed}; `gdn-mup plan` lists those it has"
+        )
+
+    def jobs(self, kind: str) -> list[Job]:
+        """Every job of a kind, widest first, so that the longest start first."""
+        experiments: tuple[Experiment, ...] = self.sweeps if kind == "lr_sweep" else self.coordinate_checks
+        jobs = [
+            Job(kind, experiment.growth, experiment.optimizer, width, seed)
+            for experiment in experiments
+            for width in experiment.widths
+            for seed in experiment.seeds
+        ]
+        return sorted(jobs, key=lambda job: (-job.width, job))
+
+    def settings_of(self, job: Job) -> dict[str, Any]:
+        """Exactly the settings that the job's result depends on: what its hash and its reruns hang on."""
+        experiment = self.experiment_of(job)
+        own = experiment.model_dump(mode="json", exclude={"training", "widths", "seeds"})
+        return {
+            **own,
+            "width": job.width,
+            "seed": job.seed,
+            "corpus": self.corpus.model_dump(mode="json"),
+            "model": self.model.model_dump(mode="json"),
+            "training": self.training_of(experiment).model_dump(mode="json"),
+        }
+
+
+def settings_hash(settings: dict[str, Any]) -> str:
+    """Twelve hexadecimal digits that change when any setting does."""
+    canonical = json.dumps(settings, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def load_study(path: Path | str) -> Study:
+    """Read and check a study file.
+
+    Raises UserError with one line: file, key, value, and what is allowed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        others = sorted(p.stem for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise UserError(f"{path}: no such study file; there are: {', '.join(others) or 'none'}")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: a study file is a mapping of sections, not {type(raw).__name__}")
+    try:
+        return Study.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_first_problem(error)}") from None
+
+
+def _first_problem(error: ValidationError) -> str:
+    """Pydantic's first complaint as one line: key, value, and what is allowed."""
+    problem = error.errors()[0]
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]).lstrip(".")
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if problem["type"] == "extra_forbidden":
+        return f"{key}: unknown key; config/README.md lists the known ones{more}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if not key or problem["type"] == "value_error" or problem["type"] == "missing":
+        return f"{key}: {message}{more}".removeprefix(": ")
+    return f"{key}: {problem['input']!r}: {message}{more}"
