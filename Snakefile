@@ -1,0 +1,28 @@
+# From text to report: `snakemake --cores all` makes everything that the study in config/config.yaml asks for.
+# One product by its name: `snakemake --cores 1 results/laptop/figures/lr_transfer_adamw.svg`.
+from snakemake.utils import min_version
+
+min_version("9.10")
+
+
+configfile: "config/config.yaml"
+
+
+report: "workflow/report/workflow.rst"
+
+
+include: "workflow/rules/common.smk"
+include: "workflow/rules/corpus.smk"
+include: "workflow/rules/coordinate_check.smk"
+include: "workflow/rules/lr_sweep.smk"
+include: "workflow/rules/datasets.smk"
+include: "workflow/rules/figures.smk"
+include: "workflow/rules/tables.smk"
+include: "workflow/rules/report.smk"
+
+
+rule all:
+    default_target: True
+    input:
+        get_products(config["study"]),
+        f"results/{config['study']}/report.html",

@@ -1,0 +1,266 @@
+"""The command line: what the workflow's rules call, and what works by hand."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gdn_mup import __version__
+from gdn_mup.errors import UserError
+
+if TYPE_CHECKING:  # torch and xarray take seconds to import: only the commands that train pay for them
+    import xarray as xr
+
+    from gdn_mup.study.plan import Job
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="How the hyperparameters of Gated Delta Networks scale with width.\n\n"
+    "The workflow runs these commands for you: `snakemake --cores all`. By hand, one job of a study is\n\n"
+    "`gdn-mup corpus --study config/studies/smoke.yaml --output /tmp/corpus`\n\n"
+    "`gdn-mup plan --study config/studies/smoke.yaml`\n\n"
+    "`gdn-mup sweep --study config/studies/smoke.yaml --corpus /tmp/corpus --growth heads --optimizer adamw "
+    "--width 32 --seed 0 --output /tmp/job.nc`\n\n"
+    "Start with `gdn-mup rules` to see how each rule set scales each parameter.",
+)
+
+StudyFile = Annotated[Path, typer.Option("--study", help="Study file, such as config/studies/laptop.yaml.")]
+Output = Annotated[Path, typer.Option(help="Written when complete; an existing file is replaced.")]
+CorpusFolder = Annotated[Path, typer.Option("--corpus", help="Folder that `gdn-mup corpus` wrote.")]
+GrowthOption = Annotated[str, typer.Option(help="`heads` or `head_dim`: what grows with width.")]
+OptimizerOption = Annotated[str, typer.Option(help="`adamw` or `sgd`.")]
+WidthOption = Annotated[int, typer.Option(help="Width of the residual stream.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of the init and of the order of the data.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; the libraries' own choice by default.")]
+
+
+def main() -> None:
+    """Run the command line. Bad input is one line on standard error and exit code 2."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def plan(study: StudyFile) -> None:
+    """List the jobs that a study asks for, with the members that each trains side by side."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from gdn_mup.study.plan import Sweep, load_study, settings_hash
+
+    loaded = load_study(study)
+    table = Table(
+        "kind", "growth", "optimizer", "width", "seed", "members", "steps", "settings", title=str(study)
+    )
+    for kind in ("coordinates", "lr_sweep"):
+        for job in loaded.jobs(kind):
+            experiment = loaded.experiment_of(job)
+            if isinstance(experiment, Sweep):
+                members = len(experiment.rules) * len(experiment.learning_rates.values)
+                steps = loaded.training_of(experiment).steps
+            else:
+                members, steps = len(experiment.rules), max(experiment.steps)
+            cells = (*job, members, steps, settings_hash(loaded.settings_of(job)))
+            table.add_row(*map(str, cells))
+    Console().print(table)
+
+
+@app.command()
+def corpus(
+    study: StudyFile,
+    output: Annotated[Path, typer.Option(help="Folder for tokenizer, tokens and their sidecars.")],
+) -> None:
+    """From text to tokens: deduplicate, split by document, learn the vocabulary, encode."""
+    from gdn_mup.corpus.tokens import build_corpus
+    from gdn_mup.study.plan import load_study
+
+    build_corpus(load_study(study).corpus, Path.cwd(), output)
+
+
+@app.command()
+def sweep(
+    study: StudyFile,
+    corpus: CorpusFolder,
+    growth: GrowthOption,
+    optimizer: OptimizerOption,
+    width: WidthOption,
+    seed: SeedOption,
+    output: Output,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="Where a killed job leaves off and goes on; beside the output by default."),
+    ] = None,
+    threads: Threads = None,
+) -> None:
+    """Train every rule set and learning rate of one width, side by side, on the same batches."""
+    from gdn_mup.progress import progress
+    from gdn_mup.study.plan import Job, Sweep, load_study, settings_hash
+    from gdn_mup.training.sweep import distinct_members, train
+
+    loaded = load_study(study)
+    job = Job("lr_sweep", growth, optimizer, width, seed)  # type: ignore[arg-type]
+    experiment = loaded.experiment_of(job)
+    assert isinstance(experiment, Sweep)
+    settings = loaded.settings_of(job)
+    scaled, tokens, validation, device = _prepare(loaded.model, experiment.rules, job, corpus, threads)
+    rates = experiment.learning_rates.values
+    members, stands_for = distinct_members(scaled, rates)
+    training = loaded.training_of(experiment)
+    trainer = _trainer(members, scaled, loaded.model, training, job, tokens, device)
+    with progress(_title(job), training.steps) as report:
+        curves = train(
+            trainer,
+            validation,
+            checkpoint=checkpoint or output.with_name(f".{output.name}.checkpoint"),
+            settings_hash=settings_hash(settings),
+            report=report,
+        )
+    _write_job(_sweep_dataset(curves, members, stands_for, rates, training), job, settings, tokens, output)
+
+
+@app.command()
+def coordinates(
+    study: StudyFile,
+    corpus: CorpusFolder,
+    growth: GrowthOption,
+    optimizer: OptimizerOption,
+    width: WidthOption,
+    seed: SeedOption,
+    output: Output,
+    threads: Threads = None,
+) -> None:
+    """Measure the sizes of activations, gradients and updates of one width over a few steps."""
+    import torch
+
+    from gdn_mup.measurement.coordinates import coordinate_check
+    from gdn_mup.progress import progress
+    from gdn_mup.study.plan import CoordinateCheck, Job, load_study
+    from gdn_mup.training.sweep import Member
+
+    loaded = load_study(study)
+    job = Job("coordinates", growth, optimizer, width, seed)  # type: ignore[arg-type]
+    check = loaded.experiment_of(job)
+    assert isinstance(check, CoordinateCheck)
+    training = loaded.training_of(check)
+    scaled, tokens, validation, device = _prepare(loaded.model, check.rules, job, corpus, threads)
+    members = [Member(rules, check.learning_rate) for rules in check.rules]
+    trainer = _trainer(members, scaled, loaded.model, training, job, tokens, device)
+    probe = validation.fixed_batches(1, check.probe_sequences, training.context_length)[0, :, :-1]
+    with progress(_title(job), max(check.steps) + 1) as report:
+        sizes = coordinate_check(trainer, members, check.steps, torch.from_numpy(probe).to(device), report)
+    sizes.attrs["learning_rate"] = check.learning_rate
+    _write_job(sizes, job, loaded.settings_of(job), tokens, output)
+
+
+@app.command()
+def collect(
+    study: StudyFile,
+    kind: Annotated[str, typer.Option(help="`lr_sweep` or `coordinates`.")],
+    output: Output,
+    jobs: Annotated[list[Path], typer.Argument(help="Job files of that kind.")],
+) -> None:
+    """Gather job files into the study's dataset, with growth, optimizer, width and seed as dimensions."""
+    from gdn_mup.study.datasets import collect as collect_jobs
+    from gdn_mup.study.datasets import write
+    from gdn_mup.study.plan import load_study
+
+    if kind not in ("lr_sweep", "coordinates"):
+        raise UserError(f"--kind: {kind!r}: use lr_sweep or coordinates")
+    write(collect_jobs(jobs, kind, load_study(study)), output)  # type: ignore[arg-type]
+
+
+def _title(job: "Job") -> str:
+    return f"{job.kind}: {job.growth}, {job.optimizer}, width {job.width}, seed {job.seed}"
+
+
+def _prepare(model: Any, rules: Any, job: "Job", corpus: Path, threads: int | None) -> tuple[Any, ...]:
+    """The scaled model, training and validation tokens, and the device to train on."""
+    import torch
+
+    from gdn_mup.corpus.tokens import TokenFile
+    from gdn_mup.training.sweep import scaled_model
+
+    if threads:
+        torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)  # a vanishing gradient must not slow the arithmetic down
+    tokens, validation = (TokenFile.open(corpus / f"{part}.tokens") for part in ("train", "validation"))
+    scaled = scaled_model(model, job.width, job.growth, tokens.vocabulary_size, rules, job.optimizer)
+    return scaled, tokens, validation, torch.device("cpu")
+
+
+def _trainer(
+    members: Any, scaled: Any, model: Any, training: Any, job: "Job", tokens: Any, device: Any
+) -> Any:
+    from gdn_mup.training.sweep import Trainer
+
+    return Trainer(members, scaled, model, training, job.optimizer, job.seed, tokens, device)
+
+
+def _sweep_dataset(
+    curves: Any, members: Any, stands_for: dict[str, str], learning_rates: tuple[float, ...], training: Any
+) -> "xr.Dataset":
+    """Curves by (rules, learning_rate): a rule set that coincides with another gets that one's members."""
+    import numpy as np
+    import xarray as xr
+
+    position = {member: row for row, member in enumerate(members)}
+    rows = np.array([[position[trained, rate] for rate in learning_rates] for trained in stands_for.values()])
+    steps = np.arange(1, training.steps + 1)
+    member = ("rules", "learning_rate")
+    return xr.Dataset(
+        {
+            "train_loss": ((*member, "step"), curves.train_loss[rows]),
+            "val_loss": ((*member, "evaluation_step"), curves.val_loss[rows]),
+            "grad_norm": ((*member, "step"), curves.grad_norm[rows]),
+            "diverged": (member, curves.diverged[rows].astype(np.int8)),
+            "seconds": ((), curves.seconds),
+            "tokens": ((), training.steps * training.batch_size * training.context_length),
+        },
+        coords={
+            "rules": list(stands_for),
+            "learning_rate": list(learning_rates),
+            "step": steps,
+            "evaluation_step": curves.evaluation_step,
+        },
+    )
+
+
+def _write_job(
+    dataset: "xr.Dataset", job: "Job", settings: dict[str, Any], tokens: Any, output: Path
+) -> None:
+    """Add the job's coordinates and provenance, and write its file."""
+    from gdn_mup.study.datasets import write
+    from gdn_mup.study.provenance import processor, provenance
+
+    dataset = dataset.assign_coords(
+        growth=job.growth, optimizer=job.optimizer, width=job.width, seed=job.seed
+    )
+    dataset.attrs |= {
+        "title": _title(job),
+        **provenance(settings, processor()),
+        "corpus_sha256": tokens.sha256,
+        "vocabulary_size": tokens.vocabulary_size,
+    }
+    write(dataset, output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""The four rule sets, as tables.
+
+Each row says by which power of its growth a parameter's initial standard deviation, learning rate and
+AdamW ε are multiplied between the base and the target width. All multipliers are 1 at the base width,
+so that there every rule set is the same model, trained in the same way.
+
+`sp`       standard parametrization: init ∝ 1/√fan-in, one learning rate for everything
+`mup`      the transformer's μP, which arXiv 2606.04048 calls "original μP"
+`liu_gu`   the rules of arXiv 2606.04048 (Liu and Gu), whose text covers growth by `head_dim`
+`gdn_mup`  ours: the rule follows from which axes of the parameter grow, in either growth mode
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from gdn_mup.scaling.growth import Axes, Growth, Part
+
+
+class Power(NamedTuple):
+    """r_in^fan_in · r_out^fan_out · m^width."""
+
+    fan_in: float = 0.0
+    fan_out: float = 0.0
+    width: float = 0.0
+
+    def __call__(self, growth: Growth) -> float:
+        """The multiplier at a given growth."""
+        return float(growth.fan_in**self.fan_in * growth.fan_out**self.fan_out * growth.width**self.width)
+
+
+# The vocabulary of the tables below. m is the growth of the width, r_in and r_out those of the two fans.
+ONE = Power()
+PER_FAN_IN = Power(fan_in=-1)
+PER_SQRT_FAN_IN = Power(fan_in=-0.5)
+PER_FAN_OUT = Power(fan_out=-1)
+FAN_OUT = Power(fan_out=1)
+FAN_OUT_PER_FAN_IN = Power(fan_in=-1, fan_out=1)
+PER_WIDTH = Power(width=-1)
+PER_SQRT_WIDTH = Power(width=-0.5)
+SQRT_WIDTH = Power(width=0.5)
+WIDTH = Power(width=1)
+
+
+class Row(NamedTuple):
+    """How one kind of parameter scales."""
+
+    init_std: Power
+    adamw_learning_rate: Power
+    sgd_learning_rate: Power
+    adamw_epsilon: Power = ONE
+
+
+class Scaling(NamedTuple):
+    """Multipliers of one parameter at one width, under one rule set and one optimizer."""
+
+    init_std: float
+    learning_rate: float
+    epsilon: float
+    weight_decay: float
+
+
+@dataclass(frozen=True)
+class RuleSet:
+    """A table of rows, looked up by the parameter's part or by the axes that grow.
+
+    `tied_output` multiplies the logits when the readout is the embedding's transpose.
+    `keeps_decay` scales weight decay by 1/(learning-rate multiplier), so that decoupled decay,
+    learning rate × weight decay, does not depend on width.
+    """
+
+    name: str
+    title: str
+    source: str
+    rows: Mapping[Part, Row] | Mapping[Axes, Row]
+    tied_output: Power
+    keeps_decay: bool
+
+    def row(self, part: Part, growth: Growth) -> Row:
+        """The row that a parameter falls under."""
+        key = growth.axes if growth.axes in self.rows else part
+        return self.rows[key]  # type: ignore[index]
+
+    def scaling(self, part: Part, growth: Growth, optimizer: str) -> Scaling:
+        """The multipliers of a parameter for `adamw` or `sgd`."""
+        row = self.row(part, growth)
+        power = row.adamw_learning_rate if optimizer == "adamw" else row.sgd_learning_rate
+        learning_rate = power(growth)
+        return Scaling(
+            init_std=row.init_std(growth),
+            learning_rate=learning_rate,
+            epsilon=row.adamw_epsilon(growth) if optimizer == "adamw" else 1.0,
+            weight_decay=1 / learning_rate if self.keeps_decay else 1.0,
+        )
+
+
+SP = RuleSet(
+    name="sp",
+    title="SP",
+    source="standard parametrization",
+    rows={part: Row(PER_SQRT_FAN_IN, ONE, ONE) for part in Part},
+    tied_output=ONE,
+    keeps_decay=False,
+)
+
+MUP = RuleSet(
+    name="mup",
+    title="μP (transformer)",
+    source='arXiv 2606.04048, "original μP"; untied readout: arXiv 2203.03466, Table 3',
+    rows={
+        # part                        init std         AdamW LR   SGD LR
+        Part.HIDDEN:          Row(PER_SQRT_FAN_IN, PER_WIDTH, ONE),
+        Part.GATE_PROJECTION: Row(PER_SQRT_FAN_IN, PER_WIDTH, ONE),
+        Part.GATE_SCALAR:     Row(ONE,             ONE,       ONE),
+        Part.SHORT_CONV:      Row(ONE,             ONE,       ONE),
+        Part.NORM:            Row(ONE,             ONE,       ONE),
+        Part.EMBEDDING:       Row(ONE,             ONE,       WIDTH),
+        Part.READOUT:         Row(PER_WIDTH,       PER_WIDTH, PER_WIDTH),
+    },
+    tied_output=PER_WIDTH,
+    keeps_decay=False,
+)  # fmt: skip
+
+LIU_GU = RuleSet(
+    name="liu_gu",
+    title="Liu & Gu",
+    source="arXiv 2606.04048, text; untied readout: arXiv 2203.03466, Table 3",
+    rows={
+        # part                        init std         AdamW LR   SGD LR
+        Part.HIDDEN:          Row(PER_SQRT_FAN_IN, PER_WIDTH, ONE),
+        Part.GATE_PROJECTION: Row(PER_SQRT_FAN_IN, PER_WIDTH, PER_SQRT_WIDTH),
+        Part.GATE_SCALAR:     Row(ONE,             ONE,       SQRT_WIDTH),
+        Part.SHORT_CONV:      Row(ONE,             ONE,       ONE),
+        Part.NORM:            Row(ONE,             ONE,       ONE),
+        Part.EMBEDDING:       Row(ONE,             ONE,       WIDTH),
+        Part.READOUT:         Row(PER_WIDTH,       PER_WIDTH, PER_WIDTH),
+    },
+    tied_output=PER_WIDTH,
+    keeps_decay=False,
+)  # fmt: skip
+
+GDN_MUP = RuleSet(
+    name="gdn_mup",
+    title="gdn-mup",
+    source="from shapes (this project)",
+    rows={
+        # axes that grow     init std         AdamW LR    SGD LR              AdamW ε
+        Axes.BOTH:    Row(PER_SQRT_FAN_IN, PER_FAN_IN, FAN_OUT_PER_FAN_IN, PER_FAN_OUT),
+        Axes.FAN_OUT: Row(ONE,             ONE,        FAN_OUT,            PER_FAN_OUT),
+        Axes.FAN_IN:  Row(PER_FAN_IN,      PER_FAN_IN, PER_FAN_IN,         ONE),
+        Axes.NONE:    Row(ONE,             ONE,        ONE,                ONE),
+    },
+    tied_output=PER_FAN_OUT,
+    keeps_decay=True,
+)  # fmt: skip
+
+RULE_SETS: dict[str, RuleSet] = {rules.name: rules for rules in (SP, MUP, LIU_GU, GDN_MUP)}

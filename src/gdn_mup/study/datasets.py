@@ -1,0 +1,292 @@
+"""Job files become one labelled dataset per study: `lr_sweep.nc` and `coordinates.nc`.
+
+A job file holds the members of one (growth, optimizer, width, seed); a dataset holds every job of a study,
+with those four as dimensions. Both have the same variables, both carry units, long names and provenance.
+What a study has not run (yet) is NaN, and named in the attribute `missing_jobs`.
+"""
+
+import json
+import os
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import xarray as xr
+
+from gdn_mup.errors import UserError
+from gdn_mup.model.config import GrowthMode
+from gdn_mup.study.plan import Job, RuleSetName, Study, settings_hash
+from gdn_mup.training.config import OptimizerName
+
+DatasetKind = Literal["lr_sweep", "coordinates"]
+
+# Variables of a job file and their dimensions.
+JOB_VARIABLES: dict[DatasetKind, dict[str, tuple[str, ...]]] = {
+    "lr_sweep": {
+        "train_loss": ("rules", "learning_rate", "step"),
+        "val_loss": ("rules", "learning_rate", "evaluation_step"),
+        "grad_norm": ("rules", "learning_rate", "step"),
+        "diverged": ("rules", "learning_rate"),
+        "seconds": (),
+        "tokens": (),
+    },
+    "coordinates": {
+        "rms": ("rules", "step", "layer", "quantity"),
+        "change": ("rules", "step", "layer", "quantity"),
+        "weight_rms": ("rules", "step", "layer", "parameter"),
+        "gradient_rms": ("rules", "step", "layer", "parameter"),
+        "update_rms": ("rules", "step", "layer", "parameter"),
+    },
+}
+
+JOB_COORDINATES = ("growth", "optimizer", "width", "seed")  # scalars in a job file, dimensions in a dataset
+
+DIMENSION_ORDER = (
+    *("growth", "optimizer", "rules", "width", "seed", "learning_rate", "step", "evaluation_step"),
+    *("layer", "quantity", "parameter"),
+)
+
+# Named values keep the order in which the study file's types list them; numbers ascend.
+NAME_ORDER: dict[str, tuple[str, ...]] = {
+    "growth": get_args(GrowthMode),
+    "optimizer": get_args(OptimizerName),
+    "rules": get_args(RuleSetName),
+}
+
+# name: (long_name, units). The one place where a variable or coordinate is described.
+DESCRIPTIONS: dict[str, tuple[str, str]] = {
+    "growth": ("what grows with width: the number of heads or the size of a head", "1"),
+    "optimizer": ("optimizer", "1"),
+    "rules": ("rule set: how init and learning rates scale with width", "1"),
+    "width": ("width of the residual stream", "1"),
+    "seed": ("seed of the init and of the order of the data", "1"),
+    "learning_rate": ("peak learning rate at the base width", "1"),
+    "step": ("updates, counted from 1 in a sweep; updates done in a coordinate check", "update"),
+    "evaluation_step": ("updates done before the held-out evaluation", "update"),
+    "layer": ("block, counted from 0; -1 outside the blocks", "1"),
+    "quantity": ("activation or state", "1"),
+    "parameter": ("parameter class", "1"),
+    "train_loss": (
+        "mean cross-entropy of the step's batch before its update; NaN from divergence on",
+        "nat/token",
+    ),
+    "val_loss": ("mean cross-entropy on the held-out batches", "nat/token"),
+    "grad_norm": ("gradient norm that clipping compares, before clipping", "1"),
+    "diverged": ("1 if a loss was not finite or the final loss exceeds the untrained model's", "1"),
+    "seconds": ("wall time of training in the job", "s"),
+    "tokens": ("tokens seen by each member", "token"),
+    "rms": ("root mean square on the probe batch", "1"),
+    "change": ("root mean square of the difference from the init on the probe batch", "1"),
+    "weight_rms": ("root mean square of the parameter", "1"),
+    "gradient_rms": ("root mean square of the gradient of the update that led to this step", "1"),
+    "update_rms": ("root mean square of the update that led to this step", "1"),
+}
+
+# Attributes that say where a job's numbers come from and need not agree between the jobs of a dataset.
+_PROVENANCE = ("commit", "versions", "device", "created")
+# Attributes that must agree: losses on different text or different batches cannot be compared.
+_SHARED = ("corpus_sha256", "vocabulary_size")
+
+
+def describe(dataset: xr.Dataset) -> xr.Dataset:
+    """The dataset with `long_name` and `units` on every variable and coordinate it has.
+
+    Works for job files and for collected datasets. Raises KeyError for a variable that `DESCRIPTIONS` lacks.
+    """
+    described = dataset.copy()
+    for name in described.variables:
+        long_name, units = DESCRIPTIONS[str(name)]
+        described[name].attrs.update(long_name=long_name, units=units)
+    return described
+
+
+def write(dataset: xr.Dataset, path: Path | str) -> None:
+    """Write a compressed netCDF-4 file, to a temporary name and renamed when complete."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    described = describe(dataset)
+    encoding: dict[Hashable, dict[str, Any]] = {
+        name: {"zlib": True, "complevel": 4, "shuffle": True}
+        for name, variable in described.variables.items()
+        if variable.ndim > 0 and variable.dtype.kind in "fiub"  # scalars and strings cannot be chunked
+    }
+    try:
+        described.to_netcdf(temporary, engine="h5netcdf", encoding=encoding)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def open_dataset(path: Path | str, kind: DatasetKind) -> xr.Dataset:
+    """Load a collected dataset of a study into memory.
+
+    Raises UserError if the file is missing, is not netCDF, or is not a dataset of this kind.
+    """
+    variables = {name: _collected_dimensions(dimensions) for name, dimensions in JOB_VARIABLES[kind].items()}
+    cure = f"`gdn-mup collect --kind {kind}` writes it"
+    dataset = _read(Path(path), kind, variables, cure)
+    if "base_width" not in dataset.attrs:
+        raise UserError(f"{path}: lacks the attribute base_width; {cure}")
+    return dataset
+
+
+def open_job(path: Path | str, kind: DatasetKind) -> xr.Dataset:
+    """Load a job file into memory. Raises UserError like `open_dataset`."""
+    cure = "delete it and run the workflow again"
+    job = _read(Path(path), kind, JOB_VARIABLES[kind], cure)
+    absent = [name for name in JOB_COORDINATES if name not in job.coords]
+    if absent or "settings_hash" not in job.attrs:
+        raise UserError(f"{path}: lacks {', '.join(absent) or 'the attribute settings_hash'}; {cure}")
+    return job
+
+
+def collect(paths: Sequence[Path | str], kind: DatasetKind, study: Study) -> xr.Dataset:
+    """Every job file of a kind as one dataset with growth, optimizer, width and seed as dimensions.
+
+    A partial study is collected as far as it goes: what is missing is NaN and listed in `missing_jobs`.
+    Raises UserError if a file cannot be read, is of another kind, was run with other settings than the
+    study's, was trained on another corpus than its fellows, or describes the same job as another file.
+    """
+    if not paths:
+        raise UserError(f"no {kind} job files to collect; `gdn-mup plan` lists those the study asks for")
+    jobs: dict[Job, tuple[Path, xr.Dataset]] = {}
+    for path in map(Path, paths):
+        dataset = open_job(path, kind)
+        job = _job_of(dataset, kind)
+        _check_settings(path, job, dataset, study)
+        if job in jobs:
+            raise UserError(f"{path}: the same job as {jobs[job][0]}; give only one of the two")
+        jobs[job] = (path, dataset)
+    _check_shared(jobs.values())
+
+    planned = study.jobs(kind)
+    ordered = [jobs[job][1] for job in planned if job in jobs]
+    collected = xr.Dataset(
+        {name: _stack(name, kind, ordered) for name in JOB_VARIABLES[kind]},
+        attrs=_attributes(ordered, kind, study, missing=[job.path for job in planned if job not in jobs]),
+    )
+    if kind == "coordinates":
+        rates = _empty(("growth", "optimizer"), _labels(ordered))
+        for dataset in ordered:
+            rates.loc[_position(dataset, ("growth", "optimizer"))] = dataset.attrs["learning_rate"]
+        collected["learning_rate"] = rates
+    return describe(collected)
+
+
+def _read(path: Path, kind: str, variables: Mapping[str, tuple[str, ...]], cure: str) -> xr.Dataset:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; {cure}")
+    try:
+        dataset = xr.load_dataset(path, engine="h5netcdf")
+    except Exception as error:  # h5py, h5netcdf and xarray each raise their own for a broken file
+        raise UserError(f"{path}: not a readable netCDF-4 file ({type(error).__name__}); {cure}") from None
+    for name, dimensions in variables.items():
+        if name not in dataset.data_vars:
+            raise UserError(f"{path}: not a {kind} file: it has no variable `{name}`; {cure}")
+        if dataset[name].dims != dimensions:
+            found = ", ".join(map(str, dataset[name].dims))
+            raise UserError(
+                f"{path}: `{name}` has dimensions ({found}), not ({', '.join(dimensions)}); {cure}"
+            )
+    return dataset
+
+
+def _job_of(dataset: xr.Dataset, kind: DatasetKind) -> Job:
+    growth, optimizer = (str(dataset[name].item()) for name in ("growth", "optimizer"))
+    return Job(kind, growth, optimizer, int(dataset.width), int(dataset.seed))  # type: ignore[arg-type]
+
+
+def _check_settings(path: Path, job: Job, dataset: xr.Dataset, study: Study) -> None:
+    try:
+        expected = settings_hash(study.settings_of(job))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    found = dataset.attrs["settings_hash"]
+    if found != expected:
+        raise UserError(
+            f"{path}: settings_hash {found} is not the study's {expected}: it was run with other settings; "
+            "delete it and run the workflow again, or collect with the study file it was run with"
+        )
+
+
+def _check_shared(jobs: Iterable[tuple[Path, xr.Dataset]]) -> None:
+    (first_path, first), *others = jobs
+    for path, dataset in others:
+        for name in _SHARED:
+            if dataset.attrs.get(name) != first.attrs.get(name):
+                raise UserError(
+                    f"{path}: {name} {dataset.attrs.get(name)} differs from {first.attrs.get(name)} in "
+                    f"{first_path}: trained on another corpus; delete the one that is out of date and rerun it"
+                )
+
+
+def _collected_dimensions(job_dimensions: Iterable[str]) -> tuple[str, ...]:
+    wanted = {*job_dimensions, *JOB_COORDINATES}
+    return tuple(name for name in DIMENSION_ORDER if name in wanted)
+
+
+def _labels(datasets: Sequence[xr.Dataset]) -> dict[str, np.ndarray]:
+    """The union of each coordinate's values over all jobs, in the order of the dataset."""
+    labels: dict[str, np.ndarray] = {}
+    for name in DIMENSION_ORDER:
+        values = [
+            value for d in datasets if name in d.coords for value in np.atleast_1d(d[name].values).tolist()
+        ]
+        distinct = list(dict.fromkeys(values))
+        if name in NAME_ORDER:
+            distinct.sort(key=NAME_ORDER[name].index)
+        elif distinct and not isinstance(distinct[0], str):
+            distinct.sort()
+        labels[name] = np.array(distinct, dtype=object if distinct and isinstance(distinct[0], str) else None)
+    return labels
+
+
+def _empty(
+    dimensions: Sequence[str], labels: Mapping[str, np.ndarray], dtype: Any = np.float64
+) -> xr.DataArray:
+    coordinates = {name: labels[name] for name in dimensions}
+    shape = [len(values) for values in coordinates.values()]
+    return xr.DataArray(np.full(shape, np.nan, dtype), coords=coordinates, dims=list(dimensions))
+
+
+def _position(dataset: xr.Dataset, dimensions: Iterable[str]) -> dict[str, Any]:
+    return {name: dataset[name].values if dataset[name].ndim else dataset[name].item() for name in dimensions}
+
+
+def _stack(name: str, kind: DatasetKind, datasets: Sequence[xr.Dataset]) -> xr.DataArray:
+    """One variable of all jobs: the outer join of their coordinates, NaN where nothing was run."""
+    dimensions = _collected_dimensions(JOB_VARIABLES[kind][name])
+    dtype = np.float64 if name in ("seconds", "tokens") else np.float32  # float32 would round token counts
+    stacked = _empty(dimensions, _labels(datasets), dtype)
+    for dataset in datasets:
+        stacked.loc[_position(dataset, dimensions)] = dataset[name].values
+    return stacked
+
+
+def _attributes(
+    datasets: Sequence[xr.Dataset], kind: str, study: Study, missing: list[str]
+) -> dict[str, Any]:
+    """Attributes of a dataset. Lists and mappings are JSON, since netCDF attributes are flat."""
+    settings = study.model_dump(mode="json")
+    attributes: dict[str, Any] = {
+        "title": {
+            "lr_sweep": "Learning-rate sweeps of Gated Delta Networks over width",
+            "coordinates": "Coordinate sizes of Gated Delta Networks over width",
+        }[kind],
+        "kind": kind,
+        "base_width": study.model.base_width,
+        "settings": json.dumps(settings, sort_keys=True),
+        "settings_hash": settings_hash(settings),
+        "job_settings_hashes": json.dumps([dataset.attrs["settings_hash"] for dataset in datasets]),
+        "missing_jobs": json.dumps(missing),
+    }
+    for name in _SHARED:
+        if name in datasets[0].attrs:
+            attributes[name] = datasets[0].attrs[name]
+    for name in _PROVENANCE:
+        values = sorted({str(dataset.attrs[name]) for dataset in datasets if name in dataset.attrs})
+        if values:
+            attributes[name] = values[0] if len(values) == 1 else json.dumps(values)
+    return attributes

@@ -1,0 +1,98 @@
+# Everything in Python that the rules need: what a study asks for, and the settings that each job depends on.
+import glob
+import os
+import shutil
+import sys
+from functools import cache
+from typing import get_args
+
+from gdn_mup.errors import UserError
+from gdn_mup.model.config import GrowthMode
+from gdn_mup.study.plan import Job, Study, load_study
+from gdn_mup.training.config import OptimizerName
+
+# Jobs find the commands of the environment that Snakemake runs in, activated or not.
+os.environ.update(PATH=os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)]))
+
+# Two jobs of one thread beat one job of two: a small model leaves a second thread mostly waiting.
+# Snakemake hands this on as OMP_NUM_THREADS and its kin.
+TRAINING_THREADS = 1
+
+
+wildcard_constraints:
+    study=r"[A-Za-z0-9_-]+",
+    growth="|".join(get_args(GrowthMode)),
+    optimizer="|".join(get_args(OptimizerName)),
+    width=r"\d+",
+    seed=r"\d+",
+
+
+@cache
+def get_study(name: str) -> Study:
+    """The study of that name; its file's first mistake, as one line, ends the run."""
+    try:
+        return load_study(f"config/studies/{name}.yaml")
+    except UserError as error:
+        stop(error)
+
+
+def stop(error: UserError) -> None:
+    """End the run as `gdn-mup` does: one line, exit code 2, no traceback."""
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def get_corpus_files(wildcards) -> list[str]:
+    """The user's own documents: when one changes, the corpus is built again."""
+    patterns = get_study(wildcards.study).corpus.files
+    return sorted({path for pattern in patterns for path in glob.glob(pattern, recursive=True)})
+
+
+def get_corpus_settings(wildcards) -> dict:
+    return get_study(wildcards.study).corpus.model_dump(mode="json")
+
+
+def get_job_settings(kind: str):
+    """For `params`: exactly the settings that one job depends on, so that a changed key reruns only what it touches."""
+
+    def get_settings(wildcards) -> dict:
+        job = Job(kind, wildcards.growth, wildcards.optimizer, int(wildcards.width), int(wildcards.seed))
+        return get_study(wildcards.study).settings_of(job)
+
+    return get_settings
+
+
+def get_job_files(kind: str):
+    """For `input`: the files of every job of that kind, the widest first."""
+
+    def get_files(wildcards) -> list[str]:
+        return [f"results/{wildcards.study}/{job.path}" for job in get_study(wildcards.study).jobs(kind)]
+
+    return get_files
+
+
+def get_parameters(wildcards, input, output) -> list[str]:
+    """A notebook's parameters: the datasets that it is given, and where its products go (a path without suffix)."""
+    datasets = [f"{name}={input[name]}" for name in ("lr_sweep", "coordinates") if name in input.keys()]
+    return [*datasets, f"output={os.path.splitext(output.csv)[0]}"]
+
+
+def get_products(name: str) -> list[str]:
+    """Every figure and table for which the study has the experiments."""
+    study = get_study(name)
+    figures, tables = [], ["scaling_rules"]
+    if study.coordinate_checks:
+        figures += ["coordinate_check"]
+    if study.sweeps:
+        figures += [f"lr_transfer_{sweep.optimizer}" for sweep in study.sweeps]
+        figures += ["optimum_vs_width", "training_curves"]
+        tables += ["optima", "verdicts"]
+    return [
+        *(f"results/{name}/figures/{figure}.svg" for figure in dict.fromkeys(figures)),
+        *(f"results/{name}/tables/{table}.csv" for table in tables),
+    ]
+
+
+def get_gpus(wildcards) -> int:
+    """A training job holds one GPU where there is one."""
+    return int(shutil.which("nvidia-smi") is not None)

@@ -1,0 +1,28 @@
+rule coordinate_check:
+    input:
+        tokens="results/{study}/corpus/train.tokens",
+        validation_tokens="results/{study}/corpus/validation.tokens",
+    output:
+        "results/{study}/jobs/coordinates/{growth}_{optimizer}_width{width}_seed{seed}.nc",
+    log:
+        "results/{study}/logs/coordinates/{growth}_{optimizer}_width{width}_seed{seed}.log",
+    benchmark:
+        "results/{study}/benchmarks/coordinates/{growth}_{optimizer}_width{width}_seed{seed}.tsv"
+    conda:
+        "../../environment.yml"
+    threads: TRAINING_THREADS
+    resources:
+        mem_mb=1500,
+        runtime=120,
+        gpu=get_gpus,
+    params:
+        settings=get_job_settings("coordinates"),
+        study="config/studies/{study}.yaml",
+        corpus=subpath(input.tokens, parent=True),
+    message:
+        "Coordinate check of study {wildcards.study}: growth by {wildcards.growth}, {wildcards.optimizer}, "
+        "width {wildcards.width}, seed {wildcards.seed}"
+    shell:
+        "gdn-mup coordinates --study {params.study} --corpus {params.corpus}"
+        " --growth {wildcards.growth} --optimizer {wildcards.optimizer}"
+        " --width {wildcards.width} --seed {wildcards.seed} --output {output} > {log} 2>&1"

@@ -1,0 +1,101 @@
+# A figure is a notebook that is given datasets: edit notebooks/<figure>.ipynb, and Snakemake redraws that figure.
+rule figure_coordinate_check:
+    input:
+        notebook="notebooks/coordinate_check.ipynb",
+        coordinates="results/{study}/datasets/coordinates.nc",
+        code="src/gdn_mup/study/figures.py",
+    output:
+        svg=report(
+            "results/{study}/figures/coordinate_check.svg",
+            caption="../report/coordinate_check.rst",
+            category="Figures",
+            labels={"figure": "Coordinate check", "format": "svg"},
+        ),
+        png="results/{study}/figures/coordinate_check.png",
+        csv="results/{study}/figures/coordinate_check.csv",
+        notebook="results/{study}/notebooks/coordinate_check.ipynb",
+    log:
+        "results/{study}/logs/figures/coordinate_check.log",
+    benchmark:
+        "results/{study}/benchmarks/figures/coordinate_check.tsv"
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=30,
+    params:
+        parameters=get_parameters,
+    message:
+        "Figure of study {wildcards.study}: coordinate check"
+    shell:
+        "python workflow/scripts/run_notebook.py {input.notebook} {output.notebook} {params.parameters} > {log} 2>&1"
+
+
+use rule figure_coordinate_check as figure_lr_transfer with:
+    input:
+        notebook="notebooks/lr_transfer_{optimizer}.ipynb",
+        lr_sweep="results/{study}/datasets/lr_sweep.nc",
+        code="src/gdn_mup/study/figures.py",
+    output:
+        svg=report(
+            "results/{study}/figures/lr_transfer_{optimizer}.svg",
+            caption="../report/lr_transfer.rst",
+            category="Figures",
+            labels={"figure": "Learning-rate transfer, {optimizer}", "format": "svg"},
+        ),
+        png="results/{study}/figures/lr_transfer_{optimizer}.png",
+        csv="results/{study}/figures/lr_transfer_{optimizer}.csv",
+        notebook="results/{study}/notebooks/lr_transfer_{optimizer}.ipynb",
+    log:
+        "results/{study}/logs/figures/lr_transfer_{optimizer}.log",
+    benchmark:
+        "results/{study}/benchmarks/figures/lr_transfer_{optimizer}.tsv"
+    message:
+        "Figure of study {wildcards.study}: learning-rate transfer under {wildcards.optimizer}"
+
+
+use rule figure_coordinate_check as figure_optimum_vs_width with:
+    input:
+        notebook="notebooks/optimum_vs_width.ipynb",
+        lr_sweep="results/{study}/datasets/lr_sweep.nc",
+        code="src/gdn_mup/study/figures.py",
+    output:
+        svg=report(
+            "results/{study}/figures/optimum_vs_width.svg",
+            caption="../report/optimum_vs_width.rst",
+            category="Figures",
+            labels={"figure": "Optimum against width", "format": "svg"},
+        ),
+        png="results/{study}/figures/optimum_vs_width.png",
+        csv="results/{study}/figures/optimum_vs_width.csv",
+        notebook="results/{study}/notebooks/optimum_vs_width.ipynb",
+    log:
+        "results/{study}/logs/figures/optimum_vs_width.log",
+    benchmark:
+        "results/{study}/benchmarks/figures/optimum_vs_width.tsv"
+    message:
+        "Figure of study {wildcards.study}: optimum against width"
+
+
+use rule figure_coordinate_check as figure_training_curves with:
+    input:
+        notebook="notebooks/training_curves.ipynb",
+        lr_sweep="results/{study}/datasets/lr_sweep.nc",
+        code="src/gdn_mup/study/figures.py",
+    output:
+        svg=report(
+            "results/{study}/figures/training_curves.svg",
+            caption="../report/training_curves.rst",
+            category="Figures",
+            labels={"figure": "Training curves", "format": "svg"},
+        ),
+        png="results/{study}/figures/training_curves.png",
+        csv="results/{study}/figures/training_curves.csv",
+        notebook="results/{study}/notebooks/training_curves.ipynb",
+    log:
+        "results/{study}/logs/figures/training_curves.log",
+    benchmark:
+        "results/{study}/benchmarks/figures/training_curves.tsv"
+    message:
+        "Figure of study {wildcards.study}: training curves"

@@ -1,0 +1,77 @@
+# A table is a notebook too, with a csv for programs, Markdown for people and TeX for papers.
+rule table_scaling_rules:
+    input:
+        notebook="notebooks/scaling_rules.ipynb",
+        code=["src/gdn_mup/scaling/rules.py", "src/gdn_mup/study/tables.py"],
+    output:
+        csv=report(
+            "results/{study}/tables/scaling_rules.csv",
+            caption="../report/scaling_rules.rst",
+            category="Tables",
+            labels={"table": "Scaling rules"},
+        ),
+        md="results/{study}/tables/scaling_rules.md",
+        tex="results/{study}/tables/scaling_rules.tex",
+        notebook="results/{study}/notebooks/scaling_rules.ipynb",
+    log:
+        "results/{study}/logs/tables/scaling_rules.log",
+    benchmark:
+        "results/{study}/benchmarks/tables/scaling_rules.tsv"
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=30,
+    params:
+        parameters=get_parameters,
+    message:
+        "Table of study {wildcards.study}: scaling rules"
+    shell:
+        "python workflow/scripts/run_notebook.py {input.notebook} {output.notebook} {params.parameters} > {log} 2>&1"
+
+
+use rule table_scaling_rules as table_optima with:
+    input:
+        notebook="notebooks/optima.ipynb",
+        lr_sweep="results/{study}/datasets/lr_sweep.nc",
+        code=["src/gdn_mup/study/optimum.py", "src/gdn_mup/study/tables.py"],
+    output:
+        csv=report(
+            "results/{study}/tables/optima.csv",
+            caption="../report/optima.rst",
+            category="Tables",
+            labels={"table": "Optima"},
+        ),
+        md="results/{study}/tables/optima.md",
+        tex="results/{study}/tables/optima.tex",
+        notebook="results/{study}/notebooks/optima.ipynb",
+    log:
+        "results/{study}/logs/tables/optima.log",
+    benchmark:
+        "results/{study}/benchmarks/tables/optima.tsv"
+    message:
+        "Table of study {wildcards.study}: optima and transfer regret"
+
+
+use rule table_scaling_rules as table_verdicts with:
+    input:
+        notebook="notebooks/verdicts.ipynb",
+        lr_sweep="results/{study}/datasets/lr_sweep.nc",
+        code=["src/gdn_mup/study/claims.py", "src/gdn_mup/study/tables.py"],
+    output:
+        csv=report(
+            "results/{study}/tables/verdicts.csv",
+            caption="../report/verdicts.rst",
+            category="Tables",
+            labels={"table": "Verdicts"},
+        ),
+        md="results/{study}/tables/verdicts.md",
+        tex="results/{study}/tables/verdicts.tex",
+        notebook="results/{study}/notebooks/verdicts.ipynb",
+    log:
+        "results/{study}/logs/tables/verdicts.log",
+    benchmark:
+        "results/{study}/benchmarks/tables/verdicts.tsv"
+    message:
+        "Table of study {wildcards.study}: verdicts on the claims"

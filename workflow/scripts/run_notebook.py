@@ -1,0 +1,34 @@
+"""Run a notebook with parameters: `python run_notebook.py NOTEBOOK EXECUTED name=value ...`.
+
+This is `papermill NOTEBOOK EXECUTED -p name value ...` with two things that papermill's command line cannot do:
+the kernel is reached through Unix sockets, because kernels that start at the same moment race for TCP ports, and
+it gets an IPython profile of its own, so that a user's start-up files have no say in a figure.
+"""
+
+import logging
+import os
+import sys
+import tempfile
+
+
+def main(notebook: str, executed: str, *parameters: str) -> None:
+    """Execute `notebook`, keep the result in `executed`; a cell that raises ends the process with its traceback."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    # A Unix socket's path holds about a hundred characters: less than some temporary directories take alone.
+    with tempfile.TemporaryDirectory(prefix="gdn-mup-", dir="/tmp") as scratch:
+        os.environ.update(JUPYTER_RUNTIME_DIR=scratch, IPYTHONDIR=scratch)
+        import papermill
+        from traitlets.config import Config
+
+        papermill.execute_notebook(
+            notebook,
+            executed,
+            parameters=dict(parameter.split("=", 1) for parameter in parameters),
+            config=Config(KernelManager={"transport": "ipc", "ip": f"{scratch}/kernel"}),
+            progress_bar=False,
+            log_output=True,
+        )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
