@@ -1,10 +1,9 @@
 # Everything in Python that the rules need: what a study asks for, and the settings that each job depends on.
 import glob
 import os
-import shutil
 import sys
 from functools import cache
-from typing import get_args
+from typing import NoReturn, get_args
 
 from gdn_mup.errors import UserError
 from gdn_mup.model.config import GrowthMode
@@ -36,7 +35,7 @@ def get_study(name: str) -> Study:
         stop(error)
 
 
-def stop(error: UserError) -> None:
+def stop(error: UserError) -> NoReturn:
     """End the run as `gdn-mup` does: one line, exit code 2, no traceback."""
     print(f"error: {error}", file=sys.stderr, flush=True)
     sys.exit(2)
@@ -57,7 +56,10 @@ def get_job_settings(kind: str):
 
     def get_settings(wildcards) -> dict:
         job = Job(kind, wildcards.growth, wildcards.optimizer, int(wildcards.width), int(wildcards.seed))
-        return get_study(wildcards.study).settings_of(job)
+        try:
+            return get_study(wildcards.study).settings_of(job)
+        except UserError as error:
+            stop(error)
 
     return get_settings
 
@@ -88,11 +90,9 @@ def get_products(name: str) -> list[str]:
         figures += ["optimum_vs_width", "training_curves"]
         tables += ["optima", "verdicts"]
     return [
-        *(f"results/{name}/figures/{figure}.svg" for figure in dict.fromkeys(figures)),
-        *(f"results/{name}/tables/{table}.csv" for table in tables),
+        f"results/{name}/{product}"
+        for product in [
+            *(f"figures/{figure}.{suffix}" for figure in dict.fromkeys(figures) for suffix in ("svg", "png", "csv")),
+            *(f"tables/{table}.{suffix}" for table in tables for suffix in ("csv", "md", "tex", "html")),
+        ]
     ]
-
-
-def get_gpus(wildcards) -> int:
-    """A training job holds one GPU where there is one."""
-    return int(shutil.which("nvidia-smi") is not None)

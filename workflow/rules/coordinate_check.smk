@@ -14,7 +14,6 @@ rule coordinate_check:
     resources:
         mem_mb=1500,
         runtime=120,
-        gpu=get_gpus,
     params:
         settings=get_job_settings("coordinates"),
         study="config/studies/{study}.yaml",

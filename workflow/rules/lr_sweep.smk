@@ -14,7 +14,6 @@ rule lr_sweep:
     resources:
         mem_mb=1500,
         runtime=120,
-        gpu=get_gpus,
     params:
         settings=get_job_settings("lr_sweep"),
         study="config/studies/{study}.yaml",

@@ -1,11 +1,12 @@
-# A table is a notebook too, with a csv for programs, Markdown for people and TeX for papers.
+# A table is a notebook too, with a csv for programs, Markdown for people, TeX for papers and a page for the report.
 rule table_scaling_rules:
     input:
         notebook="notebooks/scaling_rules.ipynb",
         code=["src/gdn_mup/scaling/rules.py", "src/gdn_mup/study/tables.py"],
     output:
-        csv=report(
-            "results/{study}/tables/scaling_rules.csv",
+        csv="results/{study}/tables/scaling_rules.csv",
+        page=report(
+            "results/{study}/tables/scaling_rules.html",
             caption="../report/scaling_rules.rst",
             category="Tables",
             labels={"table": "Scaling rules"},
@@ -29,6 +30,7 @@ rule table_scaling_rules:
         "Table of study {wildcards.study}: scaling rules"
     shell:
         "python workflow/scripts/run_notebook.py {input.notebook} {output.notebook} {params.parameters} > {log} 2>&1"
+        " && python workflow/scripts/table_page.py {output.md} {output.page} >> {log} 2>&1"
 
 
 use rule table_scaling_rules as table_optima with:
@@ -37,8 +39,9 @@ use rule table_scaling_rules as table_optima with:
         lr_sweep="results/{study}/datasets/lr_sweep.nc",
         code=["src/gdn_mup/study/optimum.py", "src/gdn_mup/study/tables.py"],
     output:
-        csv=report(
-            "results/{study}/tables/optima.csv",
+        csv="results/{study}/tables/optima.csv",
+        page=report(
+            "results/{study}/tables/optima.html",
             caption="../report/optima.rst",
             category="Tables",
             labels={"table": "Optima"},
@@ -60,8 +63,9 @@ use rule table_scaling_rules as table_verdicts with:
         lr_sweep="results/{study}/datasets/lr_sweep.nc",
         code=["src/gdn_mup/study/claims.py", "src/gdn_mup/study/tables.py"],
     output:
-        csv=report(
-            "results/{study}/tables/verdicts.csv",
+        csv="results/{study}/tables/verdicts.csv",
+        page=report(
+            "results/{study}/tables/verdicts.html",
             caption="../report/verdicts.rst",
             category="Tables",
             labels={"table": "Verdicts"},

@@ -200,9 +200,7 @@ def _text_of_line(content: str, field: str, where: str) -> str | None:
     try:
         record = json.loads(content.rstrip())
     except (ValueError, RecursionError) as error:
-        reason = (
-            f"column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else str(error)
-        )
+        reason = f"column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else str(error)
         raise UserError(
             f'{where}: not valid JSON ({reason}); each line is an object, e.g. {{"{field}": "…"}}'
         ) from None
@@ -215,9 +213,7 @@ def _text_of_line(content: str, field: str, where: str) -> str | None:
     if text is None:
         return None
     if not isinstance(text, str):
-        raise UserError(
-            f"{where}: field {field!r} is {type(text).__name__}, not text; set corpus.field to one that is"
-        )
+        raise UserError(f"{where}: field {field!r} is {type(text).__name__}, not text; set corpus.field to one that is")
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -241,9 +237,7 @@ def _read_parquet(path: Path, field: str) -> Iterator[tuple[str, str]]:
             schema = table.schema_arrow
             names = ", ".join(map(repr, schema.names))
             if field not in schema.names:
-                raise UserError(
-                    f"{path}: no column {field!r}; set corpus.field to one that is there: {names}"
-                )
+                raise UserError(f"{path}: no column {field!r}; set corpus.field to one that is there: {names}")
             kind = schema.field(field).type
             if types.is_dictionary(kind):
                 kind = kind.value_type

@@ -166,9 +166,7 @@ def _check_content(path: Path, array: NDArray[np.unsignedinteger], sidecar: Side
     if checksum.hexdigest() != sidecar.sha256:
         raise UserError(f"{path}: its sha256 is not the one in {path.with_suffix('.json').name}; {cure}")
     if largest >= sidecar.vocabulary_size:
-        raise UserError(
-            f"{path}: token id {largest} is not below vocabulary_size {sidecar.vocabulary_size}; {cure}"
-        )
+        raise UserError(f"{path}: token id {largest} is not below vocabulary_size {sidecar.vocabulary_size}; {cure}")
 
 
 def build_corpus(

@@ -12,6 +12,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -120,7 +121,7 @@ class LanguageModel(nn.Module):
                 record("residual", layer, x)
         x = rms_norm(x, self.weights["final_norm"], self.norm_epsilon)
         readout = self.weights.get("readout", self.weights["embedding"])
-        logits = linear(x, readout) * self.logits_multiplier[:, None, None]
+        logits = linear(x * self.logits_multiplier[:, None, None], readout)
         if record:
             record("final_norm", OUTSIDE_BLOCKS, x)
             record("logits", OUTSIDE_BLOCKS, logits)
@@ -239,13 +240,31 @@ def short_conv(x: Tensor, taps: Tensor) -> Tensor:
 
     The last tap multiplies the current token, the first the oldest, as in fla.
     """
-    size, length = taps.shape[-1], x.shape[2]
-    padded = F.pad(x, (0, 0, size - 1, 0))
-    taps = taps[:, None, None]  # [M, 1, 1, C, size]
-    out = padded[:, :, size - 1 :] * taps[..., size - 1]
-    for tap in range(size - 1):
-        out = out + padded[:, :, tap : tap + length] * taps[..., tap]
-    return out
+    return _ShortConv.apply(x, taps)  # type: ignore[no-any-return]
+
+
+class _ShortConv(torch.autograd.Function):
+    """Written out because autograd would keep and pass over a padded copy of x for every tap."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, taps: Tensor) -> Tensor:
+        ctx.save_for_backward(x, taps)
+        weights = taps[:, None, None].unbind(-1)  # the oldest tap first, each [M, 1, 1, C]
+        out = x * weights[-1]
+        for delay, weight in enumerate(reversed(weights[:-1]), start=1):
+            out[:, :, delay:].addcmul_(x[:, :, :-delay], weight)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, taps = ctx.saved_tensors
+        weights = taps[:, None, None].unbind(-1)
+        grad_x = grad * weights[-1]
+        grad_taps = [(grad * x).sum((1, 2))]
+        for delay, weight in enumerate(reversed(weights[:-1]), start=1):
+            grad_x[:, :, :-delay].addcmul_(grad[:, :, delay:], weight)
+            grad_taps.append((grad[:, :, delay:] * x[:, :, :-delay]).sum((1, 2)))
+        return grad_x, torch.stack(grad_taps[::-1], -1)
 
 
 @torch.no_grad()

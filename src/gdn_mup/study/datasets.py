@@ -161,11 +161,18 @@ def collect(paths: Sequence[Path | str], kind: DatasetKind, study: Study) -> xr.
         jobs[job] = (path, dataset)
     _check_shared(jobs.values())
 
+    return combine([dataset for _, dataset in jobs.values()], kind, study)
+
+
+def combine(job_datasets: Sequence[xr.Dataset], kind: DatasetKind, study: Study) -> xr.Dataset:
+    """`collect` for job files that are in memory already, all of them the study's."""
+    by_job = {_job_of(dataset, kind): dataset for dataset in job_datasets}
     planned = study.jobs(kind)
-    ordered = [jobs[job][1] for job in planned if job in jobs]
+    ordered = [by_job[job] for job in planned if job in by_job]
+    missing = [job.path for job in planned if job not in by_job]
     collected = xr.Dataset(
         {name: _stack(name, kind, ordered) for name in JOB_VARIABLES[kind]},
-        attrs=_attributes(ordered, kind, study, missing=[job.path for job in planned if job not in jobs]),
+        attrs=_attributes(ordered, kind, study, missing),
     )
     if kind == "coordinates":
         rates = _empty(("growth", "optimizer"), _labels(ordered))
@@ -187,9 +194,7 @@ def _read(path: Path, kind: str, variables: Mapping[str, tuple[str, ...]], cure:
             raise UserError(f"{path}: not a {kind} file: it has no variable `{name}`; {cure}")
         if dataset[name].dims != dimensions:
             found = ", ".join(map(str, dataset[name].dims))
-            raise UserError(
-                f"{path}: `{name}` has dimensions ({found}), not ({', '.join(dimensions)}); {cure}"
-            )
+            raise UserError(f"{path}: `{name}` has dimensions ({found}), not ({', '.join(dimensions)}); {cure}")
     return dataset
 
 
@@ -231,9 +236,7 @@ def _labels(datasets: Sequence[xr.Dataset]) -> dict[str, np.ndarray]:
     """The union of each coordinate's values over all jobs, in the order of the dataset."""
     labels: dict[str, np.ndarray] = {}
     for name in DIMENSION_ORDER:
-        values = [
-            value for d in datasets if name in d.coords for value in np.atleast_1d(d[name].values).tolist()
-        ]
+        values = [value for d in datasets if name in d.coords for value in np.atleast_1d(d[name].values).tolist()]
         distinct = list(dict.fromkeys(values))
         if name in NAME_ORDER:
             distinct.sort(key=NAME_ORDER[name].index)
@@ -243,9 +246,7 @@ def _labels(datasets: Sequence[xr.Dataset]) -> dict[str, np.ndarray]:
     return labels
 
 
-def _empty(
-    dimensions: Sequence[str], labels: Mapping[str, np.ndarray], dtype: Any = np.float64
-) -> xr.DataArray:
+def _empty(dimensions: Sequence[str], labels: Mapping[str, np.ndarray], dtype: Any = np.float64) -> xr.DataArray:
     coordinates = {name: labels[name] for name in dimensions}
     shape = [len(values) for values in coordinates.values()]
     return xr.DataArray(np.full(shape, np.nan, dtype), coords=coordinates, dims=list(dimensions))
@@ -265,9 +266,7 @@ def _stack(name: str, kind: DatasetKind, datasets: Sequence[xr.Dataset]) -> xr.D
     return stacked
 
 
-def _attributes(
-    datasets: Sequence[xr.Dataset], kind: str, study: Study, missing: list[str]
-) -> dict[str, Any]:
+def _attributes(datasets: Sequence[xr.Dataset], kind: str, study: Study, missing: list[str]) -> dict[str, Any]:
     """Attributes of a dataset. Lists and mappings are JSON, since netCDF attributes are flat."""
     settings = study.model_dump(mode="json")
     attributes: dict[str, Any] = {

@@ -1,0 +1,79 @@
+# Everything at a glance: `make`. What these run also works by hand after `source .venv/bin/activate`.
+STUDY ?= laptop
+PYTHON ?=
+
+# Commands of the environment come first in every recipe.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+SHELL := /bin/bash
+INSTALLED := .venv/.installed
+
+.PHONY: help reproduce environment test lint format lock clean-study
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make reproduce              environment, then every figure, table and verdict of the study 'laptop', and its report"
+	@echo "make reproduce STUDY=smoke  the same for another study in config/studies/"
+	@echo "make test                   every test, and the checks of 'make lint'"
+	@echo "make lint                   ruff, mypy, snakefmt, snakemake --lint; notebooks without outputs"
+	@echo "make format                 let ruff, snakefmt and nbstripout repair what 'make lint' would complain about"
+	@echo "make environment            .venv with exactly the packages of requirements.lock"
+	@echo "make lock                   resolve pyproject.toml into requirements.lock again (UPGRADE=1: newest versions)"
+	@echo "make clean-study STUDY=x    delete results/x"
+
+reproduce: environment
+	snakemake --cores all --config study=$(STUDY)
+	@echo
+	@if [ -e results/$(STUDY)/tables/verdicts.md ]; then cat results/$(STUDY)/tables/verdicts.md; fi
+	@echo
+	@echo "Report: results/$(STUDY)/report.html"
+
+environment: $(INSTALLED)
+
+# The interpreter: PYTHON if given, else python3, else the newest one that Snakemake 9 and the lock allow.
+$(INSTALLED): requirements.lock pyproject.toml
+	@PATH="$${PATH#$(CURDIR)/.venv/bin:}"; \
+	suitable='import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))'; \
+	for candidate in $(or $(PYTHON),.venv/bin/python python3 python3.14 python3.13 python3.12 python3.11); do \
+	    if "$$candidate" -c "$$suitable" >/dev/null 2>&1; then python="$$candidate"; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	    echo "error: no Python 3.11 to 3.14 with venv here$(if $(PYTHON), under the name $(PYTHON)) ($$(python3 --version 2>&1))." \
+	        "Install one (Debian, Ubuntu: apt install python3 python3-venv; macOS: brew install python@3.13;" \
+	        "or conda env create -f environment.yml) or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; \
+	    exit 1; \
+	fi; \
+	echo "Installing the packages of requirements.lock into .venv ($$("$$python" --version)): minutes the first time"; \
+	if [ "$$python" != .venv/bin/python ]; then "$$python" -m venv --clear .venv; fi
+	@python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+test: environment
+	python -m pytest
+	@$(MAKE) --no-print-directory lint
+
+lint: environment
+	ruff check
+	ruff format --check
+	mypy
+	snakefmt --check Snakefile workflow
+	snakemake --lint
+	nbstripout --verify notebooks/*.ipynb
+
+format: environment
+	ruff check --fix
+	ruff format
+	snakefmt Snakefile workflow
+	nbstripout notebooks/*.ipynb
+
+lock: environment
+	python tools/lock_requirements.py $(if $(UPGRADE),--upgrade)
+
+clean-study:
+ifneq ($(origin STUDY),command line)
+	@echo "error: say which study: make clean-study STUDY=smoke (there are: $(notdir $(wildcard results/*)))" >&2; exit 2
+else ifeq ($(filter-out reference,$(notdir $(STUDY))),)
+	@echo "error: STUDY=$(STUDY): results/reference is part of the repository" >&2; exit 2
+else
+	rm -rf results/$(notdir $(STUDY))
+endif

@@ -1,0 +1,174 @@
+"""Studies with a known truth: job files whose loss curves and coordinate sizes are made up from formulae."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from gdn_mup.study import datasets
+from gdn_mup.study.datasets import DatasetKind
+from gdn_mup.study.plan import Job, Study, settings_hash
+
+BASE_WIDTH = 32
+BEST_AT_BASE = -5.3  # log₂ of the best learning rate at the base width, off the grid
+
+# Octaves per doubling of width by which the optimum moves.
+SLOPES = {"sp": -1.0, "mup": 0.0, "liu_gu": 0.0, "gdn_mup": 0.0}
+
+# Width exponents of the coordinate sizes.
+EXPONENTS = {"sp": 0.5, "mup": 0.0, "liu_gu": 0.0, "gdn_mup": 0.0}
+
+
+def excess_loss(octaves: np.ndarray) -> np.ndarray:
+    """Loss above the best, this many octaves above the best learning rate: gentle below, steep above.
+
+    0.14 nats one octave below and 0.19 one octave above, as in sweeps of real models.
+    """
+    below, above, softness = 0.45, 0.8, 0.8  # nats per octave far from the minimum; octaves
+
+    def curve(u: np.ndarray) -> np.ndarray:
+        return softness * (below * np.logaddexp(0, -u / softness) + above * np.logaddexp(0, u / softness))
+
+    minimum = np.float64(softness * np.log(below / above))
+    return curve(octaves + minimum) - curve(minimum)
+
+
+def study(**changes: Any) -> Study:
+    """A study of three widths and three seeds: AdamW and SGD, growth by heads. `changes` are its sections."""
+    rules = list(SLOPES)
+    adamw = {"growth": "heads", "optimizer": "adamw", "rules": rules, "widths": [32, 64, 128], "seeds": [0, 1, 2]}
+    sections: dict[str, Any] = {
+        "model": {"base_width": BASE_WIDTH, "heads": 2, "head_dim": 16, "value_head_dim": 16},
+        "training": {"steps": 60, "warmup_steps": 6, "evaluate_every": 20},
+        "sweeps": [
+            adamw | {"learning_rates": {"log2_first": -11, "log2_last": -2}},
+            adamw | {"optimizer": "sgd", "learning_rates": {"log2_first": -8, "log2_last": 0}},
+        ],
+        "coordinate_checks": [adamw | {"learning_rate": 0.01}],
+    }
+    return Study.model_validate(sections | changes)
+
+
+def job_file(
+    plan: Study,
+    job: Job,
+    slopes: dict[str, float] = SLOPES,
+    best_at_base: float = BEST_AT_BASE,
+    noise: float = 0.005,
+) -> xr.Dataset:
+    """What a job of the study would have written."""
+    random = np.random.default_rng([job.seed, job.width, len(job.optimizer)])
+    make = _lr_sweep if job.kind == "lr_sweep" else _coordinates
+    dataset = make(plan, job, random, slopes, best_at_base, noise)
+    dataset = dataset.assign_coords(growth=job.growth, optimizer=job.optimizer, width=job.width, seed=job.seed)
+    dataset.attrs |= {
+        "settings_hash": settings_hash(plan.settings_of(job)),
+        "corpus_sha256": "0" * 64,
+        "vocabulary_size": 512,
+        "commit": "0123abc",
+        "device": "cpu",
+    }
+    return dataset
+
+
+def _lr_sweep(
+    plan: Study, job: Job, random: np.random.Generator, slopes: dict[str, float], best_at_base: float, noise: float
+) -> xr.Dataset:
+    sweep = plan.experiment_of(job)
+    training = plan.training_of(sweep)
+    rates = np.array(sweep.learning_rates.values)  # type: ignore[union-attr]
+    steps = np.arange(1, training.steps + 1)
+    evaluations = np.arange(training.evaluate_every, training.steps + 1, training.evaluate_every)
+    shape = (len(sweep.rules), len(rates))
+    doublings = np.log2(job.width / BASE_WIDTH)
+    # Rule sets coincide at the base width: one noise for all of them there.
+    drawn = random.normal(0, noise, shape)
+    drawn = np.broadcast_to(drawn[:1], shape) if job.width == BASE_WIDTH else drawn
+    seed_offset = random.normal(0, 0.01)
+    train, val = np.full((*shape, len(steps)), np.nan), np.full((*shape, len(evaluations)), np.nan)
+    diverged = np.zeros(shape, np.int8)
+    for i, rules in enumerate(sweep.rules):
+        octaves = np.log2(rates) - best_at_base - slopes[rules] * doublings
+        final = 3.4 - 0.12 * doublings + excess_loss(octaves) + seed_offset + drawn[i]
+        for j in range(len(rates)):
+            decay = np.exp(-6 * steps / training.steps)
+            train[i, j] = final[j] + (6.2 - final[j]) * decay + random.normal(0, 0.02, len(steps))
+            val[i, j] = final[j] + (6.2 - final[j]) * np.exp(-6 * evaluations / training.steps)
+            val[i, j, -1] = final[j]
+            if octaves[j] > 2.2:
+                diverged[i, j] = 1
+                train[i, j, len(steps) // 3 :] = np.nan
+                val[i, j, evaluations > len(steps) // 3] = np.nan
+    return xr.Dataset(
+        {
+            "train_loss": (("rules", "learning_rate", "step"), train.astype(np.float32)),
+            "val_loss": (("rules", "learning_rate", "evaluation_step"), val.astype(np.float32)),
+            "grad_norm": (("rules", "learning_rate", "step"), np.ones_like(train, np.float32)),
+            "diverged": (("rules", "learning_rate"), diverged),
+            "seconds": 12.5,
+            "tokens": training.steps * training.batch_size * training.context_length,
+        },
+        coords={
+            "rules": list(sweep.rules),
+            "learning_rate": rates,
+            "step": steps,
+            "evaluation_step": evaluations,
+        },
+    )
+
+
+def _coordinates(
+    plan: Study, job: Job, random: np.random.Generator, slopes: dict[str, float], best_at_base: float, noise: float
+) -> xr.Dataset:
+    check = plan.experiment_of(job)
+    steps = np.array(check.steps)  # type: ignore[union-attr]
+    layers = np.arange(-1, plan.model.layers)
+    outside = ["embedding", "final_norm", "logits"]
+    inside = ["q", "alpha_preactivation", "state", "o", "mixer_output", "mlp_output", "residual"]
+    quantities, parameters = [*inside, *outside], ["embedding", "q", "dt_bias", "readout"]
+    m = job.width / BASE_WIDTH
+    rms = np.full((len(check.rules), len(steps), len(layers), len(quantities)), np.nan)
+    change = rms.copy()
+    for i, rules in enumerate(check.rules):
+        for k, quantity in enumerate(quantities):
+            here = layers == -1 if quantity in outside else layers >= 0
+            size = 0.3 * (1 + k) * np.exp(random.normal(0, 0.03, (len(steps), here.sum())))
+            moved = 0.05 * np.sqrt(steps)[:, None] * m ** EXPONENTS[rules] * size
+            rms[i][:, here, k] = np.hypot(size, moved)
+            change[i][:, here, k] = moved
+    weights = np.ones((len(check.rules), len(steps), len(layers), len(parameters)))
+    gradients = weights.copy()
+    gradients[:, 0] = np.nan
+    activation, parameter = ("rules", "step", "layer", "quantity"), ("rules", "step", "layer", "parameter")
+    return xr.Dataset(
+        {
+            "rms": (activation, rms.astype(np.float32)),
+            "change": (activation, change.astype(np.float32)),
+            "weight_rms": (parameter, weights.astype(np.float32)),
+            "gradient_rms": (parameter, gradients.astype(np.float32)),
+            "update_rms": (parameter, gradients.astype(np.float32)),
+        },
+        coords={
+            "rules": list(check.rules),
+            "step": steps,
+            "layer": layers,
+            "quantity": quantities,
+            "parameter": parameters,
+        },
+        attrs={"learning_rate": check.learning_rate},  # type: ignore[union-attr]
+    )
+
+
+def in_memory(plan: Study, kind: DatasetKind, **truth: Any) -> xr.Dataset:
+    """The collected dataset of a study whose every job has run, without touching a disk."""
+    return datasets.combine([job_file(plan, job, **truth) for job in plan.jobs(kind)], kind, plan)
+
+
+def write_jobs(plan: Study, kind: DatasetKind, folder: Path, **truth: Any) -> list[Path]:
+    """Every job file of a kind, as the study would lay them out under `folder`."""
+    paths = []
+    for job in plan.jobs(kind):
+        datasets.write(job_file(plan, job, **truth), folder / job.path)
+        paths.append(folder / job.path)
+    return paths

@@ -1,0 +1,209 @@
+"""Members trained together: nobody notices a neighbour, and a killed job goes on where it was."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gdn_mup.corpus.tokens import TokenFile
+from gdn_mup.errors import UserError
+from gdn_mup.model.config import GrowthMode, ModelSettings
+from gdn_mup.training.clipping import clip, gradient_norms, norm_weights
+from gdn_mup.training.config import OptimizerName, TrainingSettings
+from gdn_mup.training.schedule import learning_rate_factor
+from gdn_mup.training.sweep import Curves, Member, Trainer, distinct_members, scaled_model, train
+
+MODEL = ModelSettings(base_width=16, layers=2, heads=2, head_dim=8, value_head_dim=8, mlp_ratio=2)
+TRAINING = TrainingSettings(
+    steps=20, warmup_steps=2, batch_size=2, context_length=32, evaluate_every=5, evaluation_batches=1
+)
+RULES = ("sp", "mup", "liu_gu", "gdn_mup")
+
+
+def make_trainer(
+    members: Sequence[Member],
+    tokens: TokenFile,
+    *,
+    optimizer: OptimizerName = "adamw",
+    width: int = 32,
+    growth: GrowthMode = "heads",
+    training: TrainingSettings = TRAINING,
+    seed: int = 0,
+) -> Trainer:
+    scaled = scaled_model(MODEL, width, growth, tokens.vocabulary_size, RULES, optimizer)
+    return Trainer(members, scaled, MODEL, training, optimizer, seed, tokens)
+
+
+def run(trainer: Trainer, validation: TokenFile, **options: object) -> Curves:
+    return train(trainer, validation, **options)  # type: ignore[arg-type]
+
+
+MEMBERS = [Member("gdn_mup", 2.0**-e) for e in (9, 7, 5)] + [Member("sp", 2.0**-7)]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_member_alone_follows_itself_in_company(
+    tokens: TokenFile, validation: TokenFile, optimizer: OptimizerName
+) -> None:
+    """Within float32 rounding over 20 steps: 2e-5 nats (measured: at most 2e-6)."""
+    together = run(make_trainer(MEMBERS, tokens, optimizer=optimizer), validation)
+    for row, member in enumerate(MEMBERS):
+        alone = run(make_trainer([member], tokens, optimizer=optimizer), validation)
+        np.testing.assert_allclose(alone.train_loss[0], together.train_loss[row], atol=2e-5, rtol=0)
+        np.testing.assert_allclose(alone.val_loss[0], together.val_loss[row], atol=2e-5, rtol=0)
+        np.testing.assert_allclose(alone.grad_norm[0], together.grad_norm[row], rtol=2e-3)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_member_that_diverges_leaves_its_neighbours_bit_identical(
+    tokens: TokenFile, validation: TokenFile, optimizer: OptimizerName
+) -> None:
+    calm = make_trainer(MEMBERS, tokens, optimizer=optimizer)
+    wild = make_trainer(MEMBERS, tokens, optimizer=optimizer)
+    with torch.no_grad():  # the second member starts with an infinite weight: NaN from its first loss on
+        wild.model.weights["0.mlp_up"][1, 0, 0] = torch.inf
+    expected, found = run(calm, validation), run(wild, validation)
+    assert found.diverged[1] and not expected.diverged[1]
+    assert np.isnan(found.train_loss[1]).all() and np.isnan(found.val_loss[1]).all()
+    others = [0, 2, 3]
+    for curve in ("train_loss", "val_loss", "grad_norm"):
+        np.testing.assert_array_equal(getattr(found, curve)[others], getattr(expected, curve)[others])
+    for name, weight in wild.model.weights.items():
+        assert torch.equal(weight[others], calm.model.weights[name][others]), name
+
+
+def test_losses_fall_on_real_text(tokens: TokenFile, validation: TokenFile) -> None:
+    curves = run(make_trainer([Member("gdn_mup", 2.0**-5)], tokens), validation)
+    assert curves.evaluation_step.tolist() == [0, 5, 10, 15, 20]
+    assert curves.val_loss[0, 0] > np.log(tokens.vocabulary_size) - 0.1
+    assert curves.val_loss[0, -1] < curves.val_loss[0, 0] - 1
+    assert not curves.diverged[0]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_rule_sets_coincide_at_the_base_width_and_are_trained_once(
+    tokens: TokenFile, validation: TokenFile, optimizer: OptimizerName
+) -> None:
+    scaled = scaled_model(MODEL, 16, "heads", tokens.vocabulary_size, RULES, optimizer)
+    members, stands_for = distinct_members(scaled, [0.01, 0.02])
+    assert members == [Member("sp", 0.01), Member("sp", 0.02)]
+    assert stands_for == dict.fromkeys(RULES, "sp")
+    everyone = [Member(rules, 0.01) for rules in RULES]
+    curves = run(make_trainer(everyone, tokens, optimizer=optimizer, width=16), validation)
+    for row in range(1, len(RULES)):
+        np.testing.assert_array_equal(curves.val_loss[row], curves.val_loss[0])
+
+
+def test_rule_sets_differ_beyond_the_base_width(tokens: TokenFile) -> None:
+    scaled = scaled_model(MODEL, 32, "heads", tokens.vocabulary_size, RULES, "sgd")
+    _, stands_for = distinct_members(scaled, [0.01])
+    assert stands_for == {rules: rules for rules in RULES}
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_killed_job_goes_on_and_gives_the_same_bits(
+    tokens: TokenFile, validation: TokenFile, tmp_path: Path, optimizer: OptimizerName
+) -> None:
+    undisturbed = run(make_trainer(MEMBERS, tokens, optimizer=optimizer), validation)
+    checkpoint = tmp_path / "job.checkpoint"
+    options = {"checkpoint": checkpoint, "settings_hash": "abc", "checkpoint_seconds": 0.0}
+    for last in (7, 13):
+
+        def kill(done: float, status: str = "", last: int = last) -> None:
+            if done == last:
+                raise Killed
+
+        with pytest.raises(Killed):
+            run(make_trainer(MEMBERS, tokens, optimizer=optimizer), validation, **options, report=kill)
+        assert checkpoint.exists()
+    finished = run(make_trainer(MEMBERS, tokens, optimizer=optimizer), validation, **options)
+    for curve in ("train_loss", "val_loss", "grad_norm", "diverged"):
+        np.testing.assert_array_equal(getattr(finished, curve), getattr(undisturbed, curve))
+    assert not checkpoint.exists()
+
+
+@pytest.mark.parametrize("damage", ["other settings", "truncated"])
+def test_a_checkpoint_that_does_not_fit_is_refused_and_kept(
+    tokens: TokenFile, validation: TokenFile, tmp_path: Path, damage: str
+) -> None:
+    checkpoint = tmp_path / "job.checkpoint"
+
+    def kill(done: float, status: str = "") -> None:
+        if done == 3:
+            raise Killed
+
+    options = {"checkpoint": checkpoint, "settings_hash": "abc", "checkpoint_seconds": 0.0}
+    with pytest.raises(Killed):
+        run(make_trainer(MEMBERS, tokens), validation, **options, report=kill)
+    if damage == "truncated":
+        checkpoint.write_bytes(checkpoint.read_bytes()[:100])
+    else:
+        options["settings_hash"] = "def"
+    kept = checkpoint.read_bytes()
+    with pytest.raises(UserError, match=r"job\.checkpoint.*delete it to start afresh"):
+        run(make_trainer(MEMBERS, tokens), validation, **options)
+    assert checkpoint.read_bytes() == kept
+
+
+def test_members_are_clipped_by_their_own_norm() -> None:
+    gradients = {"a": torch.tensor([[3.0, 4.0], [0.3, 0.4]]), "b": torch.tensor([[0.0], [0.0]])}
+    weights = {"a": torch.ones(2), "b": torch.ones(2)}
+    norms = gradient_norms(gradients, weights)
+    torch.testing.assert_close(norms, torch.tensor([5.0, 0.5]))
+    clip(gradients, norms, 1.0)
+    torch.testing.assert_close(gradients["a"], torch.tensor([[0.6, 0.8], [0.3, 0.4]]))
+
+
+def test_width_invariant_norm_weighs_by_the_sgd_multiplier(tokens: TokenFile) -> None:
+    scaled = scaled_model(MODEL, 64, "heads", tokens.vocabulary_size, RULES, "adamw")
+    scalings = [scaled.sgd_scalings["gdn_mup"], scaled.sgd_scalings["sp"]]
+    names = ["embedding", "readout", "0.q"]
+    invariant = norm_weights("width_invariant_norm", scalings, names, torch.device("cpu"))
+    raw = norm_weights("global_norm", scalings, names, torch.device("cpu"))
+    torch.testing.assert_close(invariant["embedding"], torch.tensor([4.0, 1.0]))
+    torch.testing.assert_close(invariant["readout"], torch.tensor([0.25, 1.0]))
+    torch.testing.assert_close(invariant["0.q"], torch.tensor([1.0, 1.0]))
+    assert all(torch.equal(weight, torch.ones(2)) for weight in raw.values())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_updates_follow_torch_with_each_parameters_multipliers(
+    tokens: TokenFile, optimizer: OptimizerName
+) -> None:
+    """A member's update of a parameter is torch's, at its own learning rate, ε and weight decay."""
+    training = TRAINING.model_copy(update={"weight_decay": 0.1, "clipping": "none"})
+    trainer = make_trainer([Member("gdn_mup", 0.01), Member("sp", 0.02)], tokens, optimizer=optimizer, training=training)
+    scaled = scaled_model(MODEL, 32, "heads", tokens.vocabulary_size, RULES, optimizer)
+    references = []
+    for member, (rules, rate) in enumerate([("gdn_mup", 0.01), ("sp", 0.02)]):
+        for name, weight in trainer.model.weights.items():
+            rule = scaled.scalings[rules].parameters[name]
+            twin = weight.detach()[member].clone().requires_grad_()
+            decay = 0.1 * rule.weight_decay if twin.dim() > 1 else 0.0
+            options = {"lr": rate * rule.learning_rate, "weight_decay": decay}
+            if optimizer == "adamw":
+                step = torch.optim.AdamW([twin], **options, eps=1e-8 * rule.epsilon, betas=(0.9, 0.95))
+            else:
+                step = torch.optim.SGD([twin], **options, momentum=0.9, nesterov=True)
+            references.append((name, member, twin, step))
+    for update in range(5):
+        trainer.backward(update)
+        for name, member, twin, step in references:
+            twin.grad = trainer.model.weights[name].grad[member].clone()
+            step.step()
+        trainer.update(1.0)
+    for name, member, twin, _ in references:
+        torch.testing.assert_close(trainer.model.weights[name][member], twin, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_schedule_warms_up_peaks_and_ends_where_it_should() -> None:
+    factors = [learning_rate_factor(step, TRAINING) for step in range(TRAINING.steps)]
+    assert factors[0] == pytest.approx(1 / 3) and factors[2] == pytest.approx(1.0)
+    assert factors[2:] == sorted(factors[2:], reverse=True)
+    assert factors[-1] == pytest.approx(TRAINING.final_learning_rate)

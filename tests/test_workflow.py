@@ -1,0 +1,189 @@
+"""The chain from text to report: what it plans, what it makes, and that it makes nothing twice."""
+
+import ast
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from workflow_copy import ROOT, WorkflowCopy, job_counts
+
+from gdn_mup.study.plan import load_study
+
+STUDIES = sorted(path.stem for path in (ROOT / "config/studies").glob("*.yaml"))
+FIGURES = {"coordinate_check", "lr_transfer_adamw", "lr_transfer_sgd", "optimum_vs_width", "training_curves"}
+TABLES = {"scaling_rules", "optima", "verdicts"}
+
+
+def parameters(notebook: Path) -> dict[str, str]:
+    """Name and default of everything that a notebook's parameters cell assigns, in its order."""
+    cells = nbformat.read(notebook, as_version=4).cells
+    (cell,) = (cell for cell in cells if "parameters" in cell.metadata.get("tags", []))
+    assignments = (node for node in ast.parse(cell.source).body if isinstance(node, ast.Assign))
+    return {node.targets[0].id: ast.literal_eval(node.value) for node in assignments}
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_a_dry_run_plans_every_job_of_the_study(workflow: WorkflowCopy, study: str):
+    planned = workflow.planned("--config", f"study={study}")
+    plan = load_study(ROOT / f"config/studies/{study}.yaml")
+    assert planned["corpus"] == planned["report_html"] == 1
+    assert planned["lr_sweep"] == len(plan.jobs("lr_sweep"))
+    assert planned["coordinate_check"] == len(plan.jobs("coordinates"))
+    assert planned["figure_lr_transfer"] == len({sweep.optimizer for sweep in plan.sweeps})
+    assert sum(n for rule, n in planned.items() if rule.startswith("table_")) == len(TABLES)
+
+
+def test_one_figure_needs_only_its_own_dataset(workflow: WorkflowCopy):
+    planned = workflow.planned("results/laptop/figures/coordinate_check.svg")
+    assert set(planned) == {"corpus", "coordinate_check", "collect_coordinates", "figure_coordinate_check"}
+
+
+def test_a_study_without_sgd_asks_for_no_sgd_figure(workflow: WorkflowCopy):
+    study = yaml.safe_load((workflow.folder / "config/studies/smoke.yaml").read_text())
+    study["sweeps"] = [sweep for sweep in study["sweeps"] if sweep["optimizer"] == "adamw"]
+    study["coordinate_checks"] = []
+    (workflow.folder / "config/studies/adamw_only.yaml").write_text(yaml.safe_dump(study))
+    planned = workflow.planned("--config", "study=adamw_only")
+    assert planned["figure_lr_transfer"] == 1
+    assert planned["coordinate_check"] == planned["figure_coordinate_check"] == 0
+    assert "lr_transfer_sgd" not in workflow.snakemake("-n", "--config", "study=adamw_only").stdout
+
+
+@pytest.mark.parametrize(
+    ("target", "says"),
+    [
+        (["--config", "study=nowhere"], "config/studies/nowhere.yaml: no such study file; there are: "),
+        (["--config", "study=misspelt"], "config/studies/misspelt.yaml: sweep: unknown key; "),
+        (["results/misspelt/report.html"], "config/studies/misspelt.yaml: sweep: unknown key; "),
+        (["results/smoke/jobs/lr_sweep/heads_adamw_width48_seed0.nc"], "the study has no lr_sweep job growth=heads"),
+    ],
+)
+def test_bad_input_is_one_line(workflow: WorkflowCopy, target: list[str], says: str):
+    (workflow.folder / "config/studies/misspelt.yaml").write_text("sweep: []\n")
+    run = workflow.snakemake("-n", *target)
+    assert run.returncode == 2
+    errors = [line for line in run.stdout.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and errors[0].startswith(f"error: {says}")
+    assert "Traceback" not in run.stdout
+
+
+def test_the_default_profile_is_found_and_leaves_a_users_profile_alone(workflow: WorkflowCopy):
+    assert "Using workflow specific profile profiles/default" in workflow.snakemake("-n").stdout
+    profile = yaml.safe_load((workflow.folder / "workflow/profiles/default/config.yaml").read_text())
+    assert not {"executor", "default-resources", "cores", "jobs"} & set(profile)
+
+
+def test_every_rule_is_fully_dressed():
+    directives = ("log", "benchmark", "message")
+    inherited = ("threads", "resources", "conda", "shell")
+    for path in sorted((ROOT / "workflow/rules").glob("*.smk")):
+        blocks = re.split(r"^(?=rule |use rule )", path.read_text(), flags=re.MULTILINE)[1:]
+        for block in blocks:
+            wanted = directives if block.startswith("use rule") else directives + inherited
+            missing = [word for word in wanted if not re.search(rf"^    {word}:", block, flags=re.MULTILINE)]
+            assert not missing, f"{path.name}: {block.splitlines()[0]} lacks {missing}"
+
+
+def test_notebooks_are_given_exactly_the_parameters_that_they_name(workflow: WorkflowCopy):
+    run = workflow.snakemake("-n", "--printshellcmds", "--config", "study=laptop")
+    commands = re.findall(r"run_notebook\.py (notebooks/\S+) \S+ (.*?) > ", run.stdout)
+    assert {Path(notebook).stem for notebook, _ in commands} == FIGURES | TABLES
+    for notebook, arguments in commands:
+        passed = [tuple(argument.split("=", 1)) for argument in arguments.split()]
+        assert passed == list(parameters(ROOT / notebook).items()), notebook
+
+
+def test_notebooks_are_kept_without_outputs():
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+        assert cells and not any(cell.outputs or cell.execution_count for cell in cells), path.name
+
+
+def test_a_notebook_that_fails_fails_its_job(workflow: WorkflowCopy):
+    broken = nbformat.v4.new_notebook(
+        cells=[
+            nbformat.v4.new_code_cell("output = ''", metadata={"tags": ["parameters"]}),
+            nbformat.v4.new_code_cell("raise RuntimeError(output)"),
+        ],
+        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
+    )
+    nbformat.write(broken, workflow.folder / "broken.ipynb")
+    run = subprocess.run(
+        [sys.executable, "workflow/scripts/run_notebook.py", "broken.ipynb", "executed.ipynb", "output=here"],
+        cwd=workflow.folder,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode != 0
+    assert "RuntimeError: here" in run.stderr
+
+
+@pytest.mark.workflow
+def test_smoke_makes_everything(smoke: WorkflowCopy):
+    results = smoke.folder / "results/smoke"
+    expected = {f"figures/{figure}.{suffix}" for figure in FIGURES for suffix in ("svg", "png", "csv")}
+    expected |= {f"tables/{table}.{suffix}" for table in TABLES for suffix in ("csv", "md", "tex", "html")}
+    expected |= {f"notebooks/{name}.ipynb" for name in FIGURES | TABLES} | {"report.html"}
+    assert [name for name in sorted(expected) if not (results / name).stat().st_size] == []
+
+
+@pytest.mark.workflow
+def test_a_second_run_does_nothing_in_five_seconds(smoke: WorkflowCopy):
+    start = time.monotonic()
+    run = smoke.snakemake("--config", "study=smoke", "--cores", "2")
+    assert time.monotonic() - start < 5
+    assert run.returncode == 0
+    assert "Nothing to be done" in run.stdout
+
+
+@pytest.mark.workflow
+@pytest.mark.parametrize("name", ["coordinate_check", "lr_transfer_sgd", "verdicts"])
+def test_touching_a_notebook_reruns_it_alone(smoke: WorkflowCopy, name: str):
+    with smoke.touch(f"notebooks/{name}.ipynb"):
+        run = smoke.snakemake("-n", "--printshellcmds", "--config", "study=smoke")
+    assert set(re.findall(r"run_notebook\.py notebooks/(\w+)\.ipynb", run.stdout)) == {name}
+    assert sum(job_counts(run.stdout).values()) == 2  # the notebook, and the report that shows its product
+
+
+@pytest.mark.workflow
+def test_a_changed_key_reruns_only_what_depends_on_it(smoke: WorkflowCopy):
+    path = smoke.folder / "config/studies/smoke.yaml"
+    before = path.read_text()
+    study = yaml.safe_load(before)
+    plan = load_study(path)
+    sgd = [job for job in plan.jobs("lr_sweep") if job.optimizer == "sgd"]
+    (sweep,) = (sweep for sweep in study["sweeps"] if sweep["optimizer"] == "sgd")
+    sweep["learning_rates"]["log2_last"] += 1
+    try:
+        path.write_text(yaml.safe_dump(study))
+        planned = smoke.planned("--config", "study=smoke")
+    finally:
+        path.write_text(before)
+    assert planned["lr_sweep"] == len(sgd)
+    assert planned["corpus"] == planned["coordinate_check"] == planned["figure_coordinate_check"] == 0
+    assert smoke.planned("--config", "study=smoke").total() == 0
+
+
+@pytest.mark.workflow
+def test_one_figure_is_redrawn_by_its_name(smoke: WorkflowCopy):
+    target = "results/smoke/figures/lr_transfer_adamw.svg"
+    before = (smoke.folder / target).read_bytes()
+    (smoke.folder / target).unlink()
+    run = smoke.snakemake("--cores", "1", target)
+    assert job_counts(run.stdout) == {"figure_lr_transfer": 1}, run.stdout
+    assert (smoke.folder / target).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["snakemake", "--lint"], ["snakefmt", "--check", "Snakefile", "workflow"]],
+    ids=lambda command: command[0],
+)
+def test_the_workflow_is_clean(workflow: WorkflowCopy, command: list[str]):
+    run = subprocess.run([sys.executable, "-m", *command], cwd=workflow.folder, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr

@@ -1,0 +1,77 @@
+"""A copy of the workflow in a temporary folder, and Snakemake run in it: tests never touch the results of a user."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SOURCES = ("Snakefile", "config", "environment.yml", "notebooks", "profiles", "src", "workflow")
+
+
+class WorkflowCopy:
+    """The files that Snakemake reads, copied to `folder`."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        folder.mkdir(parents=True)
+        for name in SOURCES:
+            source = ROOT / name
+            if source.is_dir() and not source.is_symlink():
+                shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+            else:
+                shutil.copy(source, folder / name, follow_symlinks=False)
+
+    def snakemake(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run Snakemake with its caches inside the copy; standard error is part of `stdout`."""
+        environment = os.environ | {"XDG_CACHE_HOME": str(self.folder / ".cache")}
+        return subprocess.run(
+            [sys.executable, "-m", "snakemake", "--nocolor", *arguments],
+            cwd=self.folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=600,
+        )
+
+    def planned(self, *arguments: str) -> Counter[str]:
+        """How many jobs of each rule a dry run plans."""
+        run = self.snakemake("--dry-run", *arguments)
+        assert run.returncode == 0, run.stdout
+        return job_counts(run.stdout)
+
+    def touch(self, path: str) -> "Touched":
+        """Make one file newer than every product while the `with` block lasts."""
+        return Touched(self.folder / path)
+
+
+class Touched:
+    """Context in which a file has just been touched."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __enter__(self) -> None:
+        self.before = self.path.stat()
+        later = time.time() + 1
+        os.utime(self.path, (later, later))
+
+    def __exit__(self, *exception: object) -> None:
+        os.utime(self.path, ns=(self.before.st_atime_ns, self.before.st_mtime_ns))
+
+
+def job_counts(output: str) -> Counter[str]:
+    """Snakemake's table of job counts, without `all` and `total`; empty when there is nothing to do."""
+    counts: Counter[str] = Counter()
+    table = re.search(r"^Job stats:\njob +count\n-+ +-+\n(.*?)^total ", output, flags=re.DOTALL | re.MULTILINE)
+    if table:
+        counts.update({rule: int(n) for rule, n in (row.split() for row in table[1].splitlines())})
+    else:
+        assert "Nothing to be done" in output, output
+    del counts["all"]
+    return counts

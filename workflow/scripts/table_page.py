@@ -1,0 +1,31 @@
+"""Show a Markdown table as a page of its own, for the report: `python table_page.py TABLE.md PAGE.html`."""
+
+import sys
+from pathlib import Path
+
+from markdown_it import MarkdownIt
+
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<title>{title}</title>
+<style>
+  body {{ font: 15px/1.5 sans-serif; margin: 2em; color: #222; background: #fff; }}
+  table {{ border-collapse: collapse; border-top: 2px solid; border-bottom: 2px solid; }}
+  thead {{ border-bottom: 1px solid; }}
+  th, td {{ padding: 0.3em 1em; text-align: left; vertical-align: top; }}
+  tbody tr:nth-child(even) {{ background: #f4f4f4; }}
+</style>
+{body}
+</html>
+"""
+
+
+def main(markdown: str, page: str) -> None:
+    """Write `page` from the file `markdown`; HTML in the Markdown is shown as text."""
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(Path(markdown).read_text("utf-8"))
+    Path(page).write_text(PAGE.format(title=Path(markdown).stem, body=body), "utf-8")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
