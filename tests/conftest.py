@@ -1,9 +1,40 @@
-"""What several test files share."""
+"""Fixtures that several rooms share."""
 
 from pathlib import Path
 
 import pytest
-from workflow_copy import WorkflowCopy
+import torch
+from workflow_copy import ROOT, WorkflowCopy
+
+from gdn_mup.corpus.config import CorpusSettings
+from gdn_mup.corpus.tokens import TokenFile, build_corpus
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Tests compare bits: one thread everywhere, however many cores the machine has."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def corpus_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small corpus of real text: part of the standard library, vocabulary 320."""
+    folder = tmp_path_factory.mktemp("corpus")
+    settings = CorpusSettings(maximum_bytes=400_000, tokenizer_sample_bytes=200_000, vocabulary_size=320)
+    build_corpus(settings, ROOT, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokens(corpus_folder: Path) -> TokenFile:
+    """Its training tokens."""
+    return TokenFile.open(corpus_folder / "train.tokens")
+
+
+@pytest.fixture(scope="session")
+def validation(corpus_folder: Path) -> TokenFile:
+    """Its held-out tokens."""
+    return TokenFile.open(corpus_folder / "validation.tokens")
 
 
 @pytest.fixture(scope="session")

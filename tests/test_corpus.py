@@ -92,6 +92,19 @@ def test_stdlib_is_the_library_and_nothing_else() -> None:
     assert [document.sha256 for document in found] == sorted({document.sha256 for document in found})
 
 
+def test_stdlib_leaves_out_packages_build_records_and_what_is_not_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = ["a.py", "package/b.py"]
+    left_out = ["site-packages/c.py", "dist-packages/d.py", "package/__pycache__/e.py", "_sysconfigdata__linux.py"]
+    for name in [*kept, *left_out, "data.txt", "latin1.py"]:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes("é".encode("latin1") if name == "latin1.py" else name.encode())
+    monkeypatch.setattr(sources.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert sorted(document.name for document in documents(CorpusSettings(), Path("."))) == kept
+
+
 def test_maximum_bytes_is_met_exactly_and_takes_the_lowest_hashes() -> None:
     everything = list(documents(CorpusSettings(maximum_bytes=10**9), Path(".")))
     some = list(documents(SMALL, Path(".")))
@@ -153,7 +166,7 @@ def test_every_kind_of_file_is_read(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfplain\r\ntext")
     (tmp_path / "deep" / "b.md").write_text("# heading")
     (tmp_path / "deep" / "er" / "C.PY").write_text("print()")
-    (tmp_path / "d.jsonl").write_text('{"body": "one"}\n\n{"body": null}\n{"body": " \\n"}\n{"body": "two"}\n')
+    (tmp_path / "d.jsonl").write_text('\ufeff{"body": "one"}\n\n{"body": null}\n{"body": " \\n"}\n{"body": "two"}\n')
     for name, kind in (("e", pyarrow.string()), ("f", pyarrow.large_string())):
         column = pyarrow.array([f"{name} row", None, "one"], kind)
         pyarrow.parquet.write_table(pyarrow.table({"body": column, "n": [1, 2, 3]}), tmp_path / f"{name}.parquet")
@@ -345,9 +358,10 @@ def test_a_long_document_gives_the_tokens_of_the_whole(tmp_path: Path, monkeypat
     long = "".join(generator.choices(words, k=50_000))
     monkeypatch.setattr("gdn_mup.corpus.tokens.PIECE_CHARACTERS", 10)
     (tmp_path / "long.txt").write_bytes(long.encode())
-    write_jsonl(tmp_path / "short.jsonl", [f"short {i}" for i in range(30)])
+    # The vocabulary is learnt from the like, so that tokens such as two line breaks exist to be torn apart.
+    write_jsonl(tmp_path / "short.jsonl", ["".join(generator.choices(words, k=500)) for _ in range(30)])
     train, validation = build_corpus(
-        from_files("*.txt", "*.jsonl", vocabulary_size=260), tmp_path, tmp_path / "out", progress=False
+        from_files("*.txt", "*.jsonl", vocabulary_size=300), tmp_path, tmp_path / "out", progress=False
     )
     tokenizer = load_tokenizer(tmp_path / "out" / "tokenizer.json")
     part = validation if is_validation(sha256(long), 0.3) else train
@@ -362,7 +376,7 @@ def test_a_long_document_gives_the_tokens_of_the_whole(tmp_path: Path, monkeypat
 def test_a_vocabulary_beyond_two_bytes_is_stored_in_four(tmp_path: Path) -> None:
     generator = random.Random(0)
     letters = "abcdefghijklmnopqrstuvwxyz"
-    words = ["".join(generator.choices(letters, k=16)) for _ in range(16_000)]
+    words = ["".join(generator.choices(letters, k=24)) for _ in range(8_000)]
     write_jsonl(tmp_path / "a.jsonl", [" ".join([*words[i::8]] * 2) for i in range(8)])
     for size, dtype in ((65536, "uint16"), (65537, "uint32")):
         train, _ = build_corpus(from_files("a.jsonl", vocabulary_size=size), tmp_path, tmp_path, progress=False)

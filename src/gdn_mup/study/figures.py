@@ -29,7 +29,7 @@ from gdn_mup.study.optimum import Transfer, transfers
 COLUMN_WIDTH = 3.4  # inches: one column of a two-column page
 FULL_WIDTH = 7.0
 
-STYLE: dict[str, Any] = {
+STYLE: Any = {  # matplotlib types the keys of rc_context as literals
     **sns.axes_style("ticks"),
     "font.size": 8,
     "axes.titlesize": 8,

@@ -1,0 +1,98 @@
+"""Study files: what they ask for, and what is said when they are wrong."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from workflow_copy import ROOT
+
+from gdn_mup.errors import UserError
+from gdn_mup.study.plan import LearningRateGrid, load_study, settings_hash
+
+STUDIES = sorted((ROOT / "config/studies").glob("*.yaml"))
+SMOKE = ROOT / "config/studies/smoke.yaml"
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_studies_that_ship_are_valid(path: Path) -> None:
+    study = load_study(path)
+    jobs = study.jobs("lr_sweep") + study.jobs("coordinates")
+    assert jobs and len({job.path for job in jobs}) == len(jobs)
+
+
+def test_the_widest_jobs_come_first() -> None:
+    widths = [job.width for job in load_study(SMOKE).jobs("lr_sweep")]
+    assert widths == sorted(widths, reverse=True)
+
+
+def test_a_job_depends_on_its_own_sweep_alone(tmp_path: Path) -> None:
+    raw = yaml.safe_load(SMOKE.read_text())
+    before = load_study(SMOKE)
+    raw["sweeps"][1]["learning_rates"]["log2_last"] = 3
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(raw))
+    after = load_study(tmp_path / "study.yaml")
+    changed = {
+        job.optimizer
+        for job in before.jobs("lr_sweep")
+        if settings_hash(before.settings_of(job)) != settings_hash(after.settings_of(job))
+    }
+    assert changed == {"sgd"}
+
+
+def test_grids_are_in_octaves() -> None:
+    assert LearningRateGrid(log2_first=-3, log2_last=-1).values == (0.125, 0.25, 0.5)
+    assert len(LearningRateGrid(log2_first=-3, log2_last=0, log2_step=0.5).values) == 7
+
+
+WRONG = {
+    "unknown key": ({"training": {"stpes": 5}}, "training.stpes: unknown key"),
+    "unknown section": ({"sweep": []}, "sweep: unknown key"),
+    "width that heads do not divide": ({"sweeps": {0: {"widths": [16, 20]}}}, "sweeps[0].widths: width 20"),
+    "no base width": ({"sweeps": {0: {"widths": [32, 64]}}}, "sweeps[0].widths: [32, 64] lacks the base width 16"),
+    "widths that fall": ({"sweeps": {0: {"widths": [32, 16]}}}, "sweeps[0].widths: widths must be positive and asc"),
+    "grid that falls": ({"sweeps": {0: {"learning_rates": {"log2_first": 0}}}}, "sweeps[0].learning_rates: the grid"),
+    "unknown rule set": ({"sweeps": {0: {"rules": ["mu"]}}}, "sweeps[0].rules[0]: 'mu'"),
+    "negative steps": ({"training": {"steps": -1}}, "training.steps: -1"),
+    "warm-up as long as training": ({"training": {"warmup_steps": 12}}, "training: warmup_steps 12"),
+    "override that does not exist": ({"sweeps": {0: {"training": {"stps": 1}}}}, "sweeps[0].training.stps: unknown"),
+    "vocabulary below a byte": ({"corpus": {"vocabulary_size": 100}}, "corpus.vocabulary_size: 100"),
+    "files without a pattern": ({"corpus": {"source": "files"}}, "corpus: source `files` needs"),
+    "text for a number": ({"model": {"layers": "many"}}, "model.layers: 'many'"),
+    "two sweeps of a kind": ({"sweeps": {1: {"optimizer": "adamw"}}}, "sweeps[1]: a second entry"),
+    "a seed named twice": ({"sweeps": {0: {"seeds": [1, 1]}}}, "sweeps[0].seeds: named twice"),
+}
+
+
+def merge(raw: object, change: dict) -> None:
+    for key, value in change.items():
+        if isinstance(value, dict) and (isinstance(raw, list) or key in raw):
+            merge(raw[key], value)
+        else:
+            raw[key] = value
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, case: str) -> None:
+    change, expected = WRONG[case]
+    raw = yaml.safe_load(SMOKE.read_text())
+    merge(raw, change)
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    with pytest.raises(UserError) as error:
+        load_study(path)
+    message = str(error.value)
+    assert message.startswith(f"{path}: {expected}"), message
+    assert "\n" not in message
+
+
+def test_a_missing_study_names_those_that_exist() -> None:
+    with pytest.raises(UserError, match=r"config/studies/lptop\.yaml: no such study file; there are: laptop, smoke"):
+        load_study(ROOT / "config/studies/lptop.yaml")
+
+
+@pytest.mark.parametrize(("text", "expected"), [("a: [", "not valid YAML"), ("- 1", "is a mapping of sections")])
+def test_a_file_that_is_no_study_is_refused(tmp_path: Path, text: str, expected: str) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=expected):
+        load_study(path)
