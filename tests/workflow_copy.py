@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("Snakefile", "config", "environment.yml", "notebooks", "profiles", "src", "workflow")
+SOURCES = ("Snakefile", "config", "environment.yml", "notebooks", "profiles", "pyproject.toml", "src", "workflow")
 
 
 class WorkflowCopy:

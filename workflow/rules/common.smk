@@ -43,8 +43,9 @@ def stop(error: UserError) -> NoReturn:
 
 def get_corpus_files(wildcards) -> list[str]:
     """The user's own documents: when one changes, the corpus is built again."""
-    patterns = get_study(wildcards.study).corpus.files
-    return sorted({path for pattern in patterns for path in glob.glob(pattern, recursive=True)})
+    patterns = [os.path.expanduser(pattern) for pattern in get_study(wildcards.study).corpus.files]
+    found = {path for pattern in patterns for path in glob.glob(pattern, recursive=True)}
+    return sorted(path for path in found if os.path.isfile(path))
 
 
 def get_corpus_settings(wildcards) -> dict:

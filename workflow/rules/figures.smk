@@ -1,4 +1,5 @@
-# A figure is a notebook that is given datasets: edit notebooks/<figure>.ipynb, and Snakemake redraws that figure.
+# A figure is a notebook that is given datasets. Edit notebooks/<figure>.ipynb, or the code that it draws with, and
+# Snakemake draws it again.
 rule figure_coordinate_check:
     input:
         notebook="notebooks/coordinate_check.ipynb",
@@ -36,7 +37,7 @@ use rule figure_coordinate_check as figure_lr_transfer with:
     input:
         notebook="notebooks/lr_transfer_{optimizer}.ipynb",
         lr_sweep="results/{study}/datasets/lr_sweep.nc",
-        code="src/gdn_mup/study/figures.py",
+        code=["src/gdn_mup/study/figures.py", "src/gdn_mup/study/optimum.py"],
     output:
         svg=report(
             "results/{study}/figures/lr_transfer_{optimizer}.svg",
@@ -59,7 +60,7 @@ use rule figure_coordinate_check as figure_optimum_vs_width with:
     input:
         notebook="notebooks/optimum_vs_width.ipynb",
         lr_sweep="results/{study}/datasets/lr_sweep.nc",
-        code="src/gdn_mup/study/figures.py",
+        code=["src/gdn_mup/study/figures.py", "src/gdn_mup/study/optimum.py"],
     output:
         svg=report(
             "results/{study}/figures/optimum_vs_width.svg",
@@ -82,7 +83,7 @@ use rule figure_coordinate_check as figure_training_curves with:
     input:
         notebook="notebooks/training_curves.ipynb",
         lr_sweep="results/{study}/datasets/lr_sweep.nc",
-        code="src/gdn_mup/study/figures.py",
+        code=["src/gdn_mup/study/figures.py", "src/gdn_mup/study/optimum.py"],
     output:
         svg=report(
             "results/{study}/figures/training_curves.svg",

@@ -28,7 +28,7 @@ product of powers of A does not: its terms grow like binomials of C and cancel).
 The way back, from dO and dS⁺ (chunks in reverse; again only the first three lines and dS are sequential):
 
     dU = Pᵀ dO + δ∘(K dS⁺)                     through O and S⁺
-    dR = Wᵀ dU                                 through U = W R, R = β∘X, and with W's own gradient folded in below
+    dR = Wᵀ dU                                 through U = W R, R = β∘X
     dX = β∘dR = dV
     dS = γ_C dS⁺ + (γ∘Q)ᵀ dO - (γ∘K)ᵀ dX
     dβ = rowsum(dR∘Z)                          both uses of β at once, because U = β∘Z
@@ -47,6 +47,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 Backend = Literal["torch", "fla"]
@@ -162,7 +163,7 @@ def _fla(
 
 def _chunk_size(key_dim: int, value_dim: int) -> int:
     """Chunk length C: work inside a chunk grows with C, work on the K × V state falls with it (measured)."""
-    return 16 if max(key_dim, value_dim) <= 32 else 32
+    return 16 if max(key_dim, value_dim) <= 16 else 32
 
 
 # How many elements of a [chunks, C, C] intermediate are worked on at a time: about ten of these, 4 bytes each,
@@ -219,7 +220,7 @@ class _ChunkedGatedDeltaRule(torch.autograd.Function):
         outputs = v.new_empty(v.shape)
         outputs_by_chunk = _by_chunk(outputs, chunk_size)
         segments = _segments(length // chunk_size, rows, chunk_size)
-        state = initial_state.contiguous()
+        state = initial_state
         saved: list[Tensor] = []
         for segment in segments:
             q_, k_, v_, log_decay_, beta_ = (_flat(x[segment]) for x in inputs)
@@ -235,26 +236,28 @@ class _ChunkedGatedDeltaRule(torch.autograd.Function):
             reading_keys = (k_ * decay_from_start).view(chunks, rows, chunk_size, key_dim)
             writing_keys = (k_ * decay_to_end).view(chunks, rows, chunk_size, key_dim)
             # From chunk to chunk: X, U, S.
-            states = k.new_empty(chunks, rows, key_dim, value_dim)
+            states = k.new_empty(chunks + 1, rows, key_dim, value_dim)
+            states[0] = state
             innovation = v.new_empty(chunks, rows, chunk_size, value_dim)
             written = v.new_empty(chunks, rows, chunk_size, value_dim)
             v_, inverse_ = v_.view_as(written), inverse.view(chunks, rows, chunk_size, chunk_size)
             kept = decay_from_start[:, -1:].view(chunks, rows, 1, 1)
             beta_ = beta_.view(chunks, rows, chunk_size, 1)
             for i in range(chunks):
-                states[i] = state
-                torch.baddbmm(v_[i], reading_keys[i], state, alpha=-1, out=innovation[i])
+                torch.baddbmm(v_[i], reading_keys[i], states[i], alpha=-1, out=innovation[i])
                 torch.bmm(inverse_[i], innovation[i] * beta_[i], out=written[i])
-                state = (kept[i] * state).baddbmm_(writing_keys[i].mT, written[i])
+                torch.mul(kept[i], states[i], out=states[i + 1]).baddbmm_(writing_keys[i].mT, written[i])
+            state, states = states[-1], states[:-1]
             read = torch.bmm(q_ * decay_from_start, states.flatten(0, 1))
             read.baddbmm_(attention, written.flatten(0, 1))
             outputs_by_chunk[segment] = read.view_as(written)
             saved += [decay, decay_from_start, key_overlap, attention, inverse, innovation, written, states]
         ctx.save_for_backward(q, k, beta, *saved)
         ctx.chunk_size, ctx.segments = chunk_size, segments
-        return outputs, state
+        return outputs, state.clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_outputs, grad_state = grads
         q, k, beta, *saved = ctx.saved_tensors
@@ -271,7 +274,7 @@ class _ChunkedGatedDeltaRule(torch.autograd.Function):
             q_, k_, beta_, d_o = (_flat(x[segment]) for x in inputs)
             chunks = segment.stop - segment.start
             decay_to_end = decay[:, -1].unsqueeze(2)
-            # From chunk to chunk, backwards: dU, dR, dX, dS. d_states[i] is the gradient after chunk i.
+            # From chunk to chunk, backwards: dU, dR, dX, dS; d_states[i] belongs to the state before chunk i.
             by_chunk = (chunks, rows, chunk_size, -1)
             d_written = torch.bmm(attention.mT, d_o).view_as(written)
             d_read_state = torch.bmm((q_ * decay_from_start).mT, d_o).view_as(states)
@@ -280,18 +283,19 @@ class _ChunkedGatedDeltaRule(torch.autograd.Function):
             inverse_ = inverse.view(by_chunk)
             kept = decay_from_start[:, -1:].view(chunks, rows, 1, 1)
             beta_ = beta_.view(by_chunk)
-            d_states = torch.empty_like(states)
+            d_states = states.new_empty(chunks + 1, *states.shape[1:])
+            d_states[chunks] = grad_state
             d_scaled = torch.empty_like(written)
             d_innovation = torch.empty_like(written)
             for i in reversed(range(chunks)):
-                d_states[i] = grad_state
-                d_written[i].baddbmm_(writing_keys[i], grad_state)
+                d_written[i].baddbmm_(writing_keys[i], d_states[i + 1])
                 torch.bmm(inverse_[i].mT, d_written[i], out=d_scaled[i])
                 torch.mul(d_scaled[i], beta_[i], out=d_innovation[i])
-                grad_state = torch.addcmul(d_read_state[i], kept[i], grad_state)
-                grad_state.baddbmm_(reading_keys[i].mT, d_innovation[i], alpha=-1)
+                torch.addcmul(d_read_state[i], kept[i], d_states[i + 1], out=d_states[i])
+                d_states[i].baddbmm_(reading_keys[i].mT, d_innovation[i], alpha=-1)
+            grad_state = d_states[0]
             # Everything else, for the whole segment at once.
-            state, d_state = states.flatten(0, 1), d_states.flatten(0, 1)
+            state, d_state = states.flatten(0, 1), d_states[1:].flatten(0, 1)
             u, d_x = written.flatten(0, 1), d_innovation.flatten(0, 1)
             z = torch.baddbmm(innovation.flatten(0, 1), key_overlap, u, alpha=-1)
             d_beta = z.mul_(d_scaled.flatten(0, 1)).sum(2)

@@ -5,6 +5,7 @@ what the data say, computed from them. `save` writes a figure as svg, png and cs
 """
 
 import os
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
@@ -24,7 +25,7 @@ from matplotlib.ticker import FuncFormatter, MultipleLocator, NullLocator
 
 from gdn_mup.errors import UserError
 from gdn_mup.scaling.rules import RULE_SETS
-from gdn_mup.study.optimum import Transfer, transfers
+from gdn_mup.study.optimum import Optimum, Transfer, signed, transfers
 
 COLUMN_WIDTH = 3.4  # inches: one column of a two-column page
 FULL_WIDTH = 7.0
@@ -32,12 +33,12 @@ FULL_WIDTH = 7.0
 STYLE: Any = {  # matplotlib types the keys of rc_context as literals
     **sns.axes_style("ticks"),
     "font.size": 8,
-    "axes.titlesize": 8,
+    "axes.titlesize": 7.5,
     "axes.labelsize": 8,
     "xtick.labelsize": 7,
     "ytick.labelsize": 7,
     "legend.fontsize": 7,
-    "figure.titlesize": 9,
+    "figure.titlesize": 8.5,
     "axes.linewidth": 0.6,
     "lines.linewidth": 1.2,
     "lines.markersize": 3.5,
@@ -148,7 +149,7 @@ def lr_transfer(dataset: xr.Dataset, optimizer: str) -> Drawing:
     figure, axes = plt.subplots(
         len(growths),
         len(rules),
-        figsize=(FULL_WIDTH if len(rules) > 1 else COLUMN_WIDTH, 0.75 + 1.95 * len(growths)),
+        figsize=(FULL_WIDTH if len(rules) > 1 else COLUMN_WIDTH, 0.75 + 2.3 * len(growths)),
         sharex=True,
         sharey="row",
         squeeze=False,
@@ -164,17 +165,14 @@ def lr_transfer(dataset: xr.Dataset, optimizer: str) -> Drawing:
                 continue
             _loss_curves(ax, here[name], colours, ceiling)
             ax.set_ylim(floor, ceiling)
-            slope = here[name].slope
-            ax.set_title(f"{RULE_TITLES[name]}\n{_slope_label(here[name])}", linespacing=1.3)
-            if not slope.reason and not np.isnan(slope.value):
-                ax.title.set_color("black")
-            _letter(ax, next(letters))
+            _panel_title(ax, next(letters), f"{RULE_TITLES[name]}\n{_slope_label(here[name])}")
             _power_axis(ax.xaxis)
         axes[i, 0].set_ylabel(
             "held-out loss (nats/token)" + (f"\ngrowth by {GROWTH_TITLES[growth]}" if len(growths) > 1 else "")
         )
-    figure.supxlabel("learning rate at the base width", fontsize=8)
-    figure.suptitle(f"{OPTIMIZER_TITLES[optimizer]}: {_transfer_finding(sweeps)}")
+    for ax in axes[-1]:
+        ax.set_xlabel("learning rate\nat the base width")
+    _title(figure, f"{OPTIMIZER_TITLES[optimizer]}: {_transfer_finding(sweeps)}")
     handles = [Line2D([], [], color=colours[w], label=f"{w}") for w in colours]
     handles += [
         Line2D([], [], color="0.3", marker="o", mec="white", mew=0.5, ms=5, label="optimum, 95 % interval"),
@@ -197,23 +195,40 @@ def _loss_curves(ax: Axes, sweep: Transfer, colours: dict[int, str], ceiling: fl
         place = np.full(len(diverged), 0.985 - 0.045 * level)
         ax.plot(diverged, place, "x", color=colour, ms=3.5, mew=1, transform=ax.get_xaxis_transform(), zorder=3)
         if optimum.bracketed:
-            low, high = optimum.interval
-            ax.hlines(optimum.loss, low, high, color=colour, lw=2.2, zorder=4)
-            ax.plot(optimum.log2_learning_rate, optimum.loss, "o", color=colour, mec="white", mew=0.6, ms=5, zorder=5)
+            _interval_bar(ax, optimum, colour)
     base = sweep.optima.get(sweep.base_width)
     if base is not None and base.bracketed:
         ax.axvline(base.log2_learning_rate, color="0.6", lw=0.7, ls=(0, (4, 2)), zorder=0)
 
 
-def _loss_range(sweeps: Iterable[Transfer]) -> tuple[float, float]:
-    """From below the best loss to where the curves stop being of interest, with room for the crosses."""
-    losses = np.concatenate([c.to_numpy().ravel() for s in sweeps for c in s.curves.values()])
-    losses = losses[np.isfinite(losses)]
-    if not losses.size:
+def _interval_bar(ax: Axes, optimum: Optimum, colour: str) -> None:
+    best, (low, high) = optimum.log2_learning_rate, optimum.interval
+    ax.errorbar(
+        best,
+        optimum.loss,
+        xerr=[[best - low], [high - best]],
+        color=colour,
+        elinewidth=1.2,
+        capsize=3,
+        capthick=1.2,
+        zorder=4,
+    )
+    ax.plot(best, optimum.loss, "o", color=colour, mec="white", mew=0.5, ms=4, zorder=5)
+
+
+def _loss_range(sweeps: Iterable[Transfer], octaves: float = 3.0) -> tuple[float, float]:
+    """From below the best loss to the highest within so many octaves of a curve's best, with room for crosses."""
+    best, far = np.inf, -np.inf
+    for sweep in sweeps:
+        for losses in sweep.curves.values():
+            mean = losses.mean(axis=0, skipna=False).dropna()
+            if len(mean):
+                near = mean[np.abs(np.log2(mean.index.to_numpy(float) / mean.idxmin())) <= octaves]
+                best, far = min(best, mean.min()), max(far, near.max())
+    if not np.isfinite(best):
         return 0.0, 1.0
-    best, far = losses.min(), np.quantile(losses, 0.93)
     margin = max(far - best, 0.05)
-    return best - 0.06 * margin, far + 0.25 * margin
+    return best - 0.08 * margin, far + 0.25 * margin
 
 
 def _transfer_finding(sweeps: Sequence[Transfer]) -> str:
@@ -224,20 +239,20 @@ def _transfer_finding(sweeps: Sequence[Transfer]) -> str:
         slopes = [s for s in sweeps if s.rules == name and not s.slope.reason]
         if slopes:
             values = ", ".join(
-                f"{s.slope.value:+.2f}" + (f" ({GROWTH_TITLES[s.growth]})" if several else "") for s in slopes
+                signed(s.slope.value) + (f" ({GROWTH_TITLES[s.growth]})" if several else "") for s in slopes
             )
-            parts.append(f"{RULE_TITLES[name]} {values}".replace("-", "−").replace("gdn−mup", "gdn-mup"))
+            parts.append(f"{RULE_TITLES[name]} {values}")
     if not parts:
         return "the optimum is bracketed at too few widths to say how it moves"
     joined = "; ".join(parts) if several else ", ".join(parts)
-    return "optimum moves, in octaves per doubling of width, by" + ("\n" if several else " ") + joined
+    return f"octaves by which the optimum moves when width doubles\n{joined}"
 
 
 def _slope_label(sweep: Transfer) -> str:
     if sweep.slope.reason:
         return "optimum not bracketed"
     low, high = sweep.slope.interval
-    return f"slope {sweep.slope.value:+.2f} [{low:+.2f}, {high:+.2f}]".replace("-", "−")
+    return f"slope {signed(sweep.slope.value)} [{signed(low)}, {signed(high)}]"
 
 
 def _member_table(sweeps: Sequence[Transfer]) -> pd.DataFrame:
@@ -270,8 +285,8 @@ def _member_table(sweeps: Sequence[Transfer]) -> pd.DataFrame:
 def optimum_vs_width(dataset: xr.Dataset) -> Drawing:
     """Optimal learning rate against width, a panel per optimizer (and row per growth mode), a line per rule set.
 
-    Bars are 95 % intervals, lines the fits whose slopes the legend gives. A hollow triangle points to where an
-    optimum lies that the grid does not bracket. The table has one row per optimum.
+    Bars are 95 % intervals, lines the fits whose slopes the legend gives. A hollow marker is the best learning
+    rate of a grid that does not bracket its optimum. The table has one row per optimum.
     """
     sweeps = transfers(dataset)
     growths, optimizers = _distinct(s.growth for s in sweeps), _distinct(s.optimizer for s in sweeps)
@@ -291,18 +306,21 @@ def optimum_vs_width(dataset: xr.Dataset) -> Drawing:
                 rows += _optimum_rows(sweep)
             _power_axis(ax.yaxis)
             _width_axis(ax, _distinct(width for s in sweeps for width in s.widths))
-            ax.set_title(
-                OPTIMIZER_TITLES[optimizer] + (f", growth by {GROWTH_TITLES[growth]}" if len(growths) > 1 else "")
-            )
+            growing = f", growth by {GROWTH_TITLES[growth]}" if len(growths) > 1 else ""
+            _panel_title(ax, next(letters), OPTIMIZER_TITLES[optimizer] + growing)
             # Below the data, so that no line runs through it.
             low, high = ax.get_ylim()
             ax.set_ylim(low - 0.17 * (len(here) + 1) / 2 * max(high - low, 1.5), high)
-            ax.legend(loc="lower left", title="slope, octaves per doubling", alignment="left", title_fontsize=7)
-            _letter(ax, next(letters))
+            ax.legend(loc="lower left", title="octaves per doubling", alignment="left", title_fontsize=7)
         axes[i, 0].set_ylabel("best learning rate\n(at the base width)")
     for ax in axes[-1]:
         ax.set_xlabel("width")
-    figure.suptitle(_stays_finding(sweeps))
+    if any(not optimum.bracketed for s in sweeps for optimum in s.optima.values()):
+        hollow = Line2D(
+            [], [], color="0.3", marker="o", mfc="white", ls="none", label="best of the grid, not bracketed"
+        )
+        figure.legend(handles=[hollow], loc="outside lower center")
+    _title(figure, _stays_finding(sweeps))
     return Drawing(figure, pd.DataFrame(rows))
 
 
@@ -317,16 +335,14 @@ def _optima_of(ax: Axes, sweep: Transfer, shift: float) -> None:
         else:
             losses = sweep.curves[width].mean(axis=0, skipna=False)
             if losses.notna().any():
-                best = float(np.log2(losses.idxmin()))
-                below = losses.idxmin() == losses.dropna().index[0]
-                ax.plot(x, best, "v" if below else "^", mfc="none", color=colour, ms=5)
+                ax.plot(x, np.log2(losses.idxmin()), marker, mfc="white", mec=colour, ms=5, zorder=3)
     slope, label = sweep.slope, RULE_TITLES[sweep.rules]
     if slope.reason:
-        ax.plot([], [], marker, color=colour, label=f"{label}: not bracketed")
+        ax.plot([], [], marker, mfc="white", mec=colour, label=f"{label}: not bracketed")
         return
     ends = np.log2([sweep.widths[0], sweep.widths[-1]])
     low, high = slope.interval
-    text = f"{slope.value:+.2f} [{low:+.2f}, {high:+.2f}]".replace("-", "−")
+    text = f"{signed(slope.value)} [{signed(low)}, {signed(high)}]"
     ax.plot(ends + shift, slope.intercept + slope.value * ends, color=colour, lw=1)
     ax.plot([], [], color=colour, marker=marker, mec="white", mew=0.5, ms=5, lw=1, label=f"{label}: {text}")
 
@@ -355,17 +371,22 @@ def _stays_finding(sweeps: Sequence[Transfer]) -> str:
     if not known:
         return "The optimum is bracketed at too few widths to say how it moves"
 
-    def named(wanted: Iterable[Transfer]) -> str:
-        by_optimizer: dict[str, list[str]] = {}
-        for s in wanted:
-            by_optimizer.setdefault(OPTIMIZER_TITLES[s.optimizer], []).append(RULE_TITLES[s.rules])
-        return "; ".join(f"{name}: {', '.join(_distinct(found))}" for name, found in by_optimizer.items())
-
-    moving = named(s for s in known if 0.0 not in s.slope.interval)
-    staying = named(s for s in known if 0.0 in s.slope.interval)
-    lines = [f"The optimum moves with width under {moving}"] if moving else []
-    lines += [f"No movement is seen under {staying}"] if staying else []
+    moving = _named((s.optimizer, s.rules) for s in known if 0.0 not in s.slope.interval)
+    staying = _named((s.optimizer, s.rules) for s in known if 0.0 in s.slope.interval)
+    lines = [f"The optimum moves with width: {moving}."] if moving else []
+    lines += [f"No movement seen: {staying}."] if staying else []
     return "\n".join(lines)
+
+
+def _named(found: Iterable[tuple[str, str]]) -> str:
+    """(optimizer, rule set) pairs in words; rule sets that go with the same optimizers stand together."""
+    optimizers: dict[str, list[str]] = {}
+    for optimizer, rules in _distinct(found):
+        optimizers.setdefault(RULE_TITLES[rules], []).append(OPTIMIZER_TITLES[optimizer])
+    together: dict[tuple[str, ...], list[str]] = {}
+    for rules, names in optimizers.items():
+        together.setdefault(tuple(names), []).append(rules)
+    return "; ".join(f"{', '.join(rules)} ({', '.join(names)})" for names, rules in together.items())
 
 
 # Training curves
@@ -384,7 +405,7 @@ def training_curves(dataset: xr.Dataset) -> Drawing:
     figure, axes = plt.subplots(
         len(rows), len(rules), figsize=(FULL_WIDTH, 0.75 + 1.6 * len(rows)), sharex="row", sharey="row", squeeze=False
     )
-    letters, frames, wider_is_better = _letters(), [], []
+    letters, frames, wider_is_better = _letters(), [], {}
     for i, (growth, optimizer) in enumerate(rows):
         ceiling, floor = -np.inf, np.inf
         for j, name in enumerate(rules):
@@ -404,30 +425,49 @@ def training_curves(dataset: xr.Dataset) -> Drawing:
                     ax.plot(mean.index, mean, color=colours[width], lw=1)
                     ax.fill_between(mean.index, train.min(), train.max(), color=colours[width], alpha=0.2, lw=0)
                     ceiling, floor = max(ceiling, mean.iloc[0]), min(floor, train.min().min())
+                    if mean.index[-1] < int(dataset.step[-1]) and _diverges(sweep, width, rate):
+                        ax.plot(mean.index[-1], mean.iloc[-1], "x", color=colours[width], mew=1.2, ms=5, zorder=4)
                 held_out = frame[frame.split == "validation"].groupby("step").loss.mean()
                 ax.plot(held_out.index, held_out, "o", color=colours[width], mec="white", mew=0.4, ms=3.5)
                 losses = sweep.curves[width]
                 final.append(losses[rate].mean(skipna=False) if rate in losses else np.nan)
-            wider_is_better.append(bool(np.all(np.diff(final) < 0)) and len(final) > 1)
-            ax.set_title(f"{RULE_TITLES[name]}, {_power_text(rate)}")
-            _letter(ax, next(letters))
+            if len(final) > 1:
+                wider_is_better[optimizer, name, growth] = bool(np.all(np.diff(final) < 0))
+            _panel_title(ax, next(letters), f"{RULE_TITLES[name]}, {_power_text(rate)}")
         if np.isfinite(ceiling):
             axes[i, 0].set_ylim(floor - 0.04 * (ceiling - floor), ceiling + 0.05 * (ceiling - floor))
         label = OPTIMIZER_TITLES[optimizer]
         axes[i, 0].set_ylabel(f"{label}, {GROWTH_TITLES[growth]}\nloss (nats/token)")
-    figure.supxlabel("step (updates)", fontsize=8)
-    count = sum(wider_is_better)
-    figure.suptitle(
-        "At the base width's best learning rate, every wider model ends with a lower loss in "
-        f"{count} of {len(wider_is_better)} panels"
-    )
+    for ax in axes[-1]:
+        ax.set_xlabel("step (updates)")
+    _title(figure, _wider_finding(wider_is_better))
     handles = [Line2D([], [], color=colours[w], label=f"{w}") for w in colours]
     handles += [
         Line2D([], [], color="0.3", label="training (band: seeds)"),
         Line2D([], [], color="0.3", marker="o", ls="none", mec="white", mew=0.4, label="held out"),
+        Line2D([], [], color="0.3", marker="x", ls="none", mew=1.2, ms=5, label="a seed diverged"),
     ]
     _legend(figure, handles, "width")
     return Drawing(figure, pd.concat(frames, ignore_index=True))
+
+
+def _wider_finding(better: dict[tuple[str, str, str], bool]) -> str:
+    """Where each wider model ends lower; a rule set counts under an optimizer if it does in every growth mode."""
+    pairs = _distinct((optimizer, rules) for optimizer, rules, _ in better)
+    holds = [pair for pair in pairs if all(value for key, value in better.items() if key[:2] == pair)]
+    fails = [pair for pair in pairs if pair not in holds]
+    lines = ["At the base width's best learning rate, wider is better"] if pairs else ["One width only"]
+    if holds:
+        lines[0] += f":\n{_named(holds)}."
+    if fails:
+        lines.append(f"Not so at every width: {_named(fails)}." if holds else "")
+        lines[0] += "" if holds else f" nowhere throughout: {_named(fails)} fail at some width."
+    return "\n".join(filter(None, lines))
+
+
+def _diverges(sweep: Transfer, width: int, rate: float) -> bool:
+    losses = sweep.curves[width]
+    return rate in losses and bool(losses[rate].isna().any())
 
 
 def _transferred_rate(sweep: Transfer) -> float | None:
@@ -465,8 +505,9 @@ def _training_frame(dataset: xr.Dataset, sweep: Transfer, width: int, rate: floa
 def coordinate_table(dataset: xr.Dataset) -> pd.DataFrame:
     """Sizes and width exponents of every activation: one row per measure, quantity, layer, step and width.
 
-    `size` is the geometric mean over seeds; `relative` is to the base width (else the narrowest run);
-    `exponent` is the slope of log size on log width over all widths and seeds, NaN with one width.
+    `size` is the geometric mean over seeds, `low` and `high` the least and the most; `relative` is `size` over
+    that at the base width; `exponent` is the slope of log size on log width over all widths and seeds (NaN with
+    one width).
     """
     base_width = int(dataset.attrs["base_width"])
     keys = ["growth", "optimizer", "rules", "measure", "quantity", "layer", "step"]
@@ -487,11 +528,14 @@ def coordinate_table(dataset: xr.Dataset) -> pd.DataFrame:
         .sum()
     )
     exponent = (moments["product"] / moments["square"].where(moments["square"] > 0)).rename("exponent")
-    table = long.groupby([*keys, "width"], sort=False).log_size.mean().rename("log_size").reset_index()
+    sizes_of = long.groupby([*keys, "width"], sort=False)["size"]
+    table = pd.DataFrame({"low": sizes_of.min(), "high": sizes_of.max()})
+    table["log_size"] = long.groupby([*keys, "width"], sort=False).log_size.mean()
+    table = table.reset_index()
     base = table[table.width == base_width].set_index(keys).log_size.rename("base")
     table = table.join(base, on=keys).join(exponent, on=keys)
     table["size"], table["relative"] = np.exp(table.log_size), np.exp(table.log_size - table.base)
-    return table[[*keys, "width", "size", "relative", "exponent"]]
+    return table[[*keys, "width", "size", "low", "high", "relative", "exponent"]]
 
 
 @_styled
@@ -499,8 +543,8 @@ def coordinate_check(dataset: xr.Dataset, quantities: Sequence[str] = COORDINATE
     """Size of activations against width, relative to the base width: a column per quantity, a row per rule set.
 
     Solid lines are the RMS, dashed lines that of the change since init, in the last block; a colour per step.
-    A flat line does not depend on width. Numbers are width exponents at the last step. The table has every
-    quantity, layer and step. Raises UserError if the dataset holds no coordinate check.
+    Thin bars span the seeds. A flat line does not depend on width. Numbers are width exponents at the last step.
+    The table has every quantity, layer and step. Raises UserError if the dataset holds no coordinate check.
     """
     table = coordinate_table(dataset)
     last_block = table.layer.max()
@@ -536,9 +580,16 @@ def coordinate_check(dataset: xr.Dataset, quantities: Sequence[str] = COORDINATE
                     ms=2.5,
                     lw=1,
                 )
+                ax.vlines(
+                    np.log2(line.width),
+                    np.log2(line.relative * line.low / line["size"]),
+                    np.log2(line.relative * line.high / line["size"]),
+                    color=colours[step],
+                    lw=0.6,
+                )
             exponents = panel[panel.step == steps[-1]].groupby("measure").exponent.first()
             text = "\n".join(
-                f"{name} {exponents[measure]:+.2f}".replace("-", "−")
+                f"{name} {signed(exponents[measure])}"
                 for measure, name in (("rms", "RMS"), ("change", "change"))
                 if measure in exponents and np.isfinite(exponents[measure])
             )
@@ -547,6 +598,8 @@ def coordinate_check(dataset: xr.Dataset, quantities: Sequence[str] = COORDINATE
                 worst[rules] = max(worst.get(rules, 0), abs(exponents["change"]))
             if i == 0:
                 ax.set_title(COORDINATE_TITLES.get(quantity, quantity))
+            if i == len(rows) - 1:
+                ax.set_xlabel("width")
         title = RULE_TITLES[rules]
         if len(experiments) > 1:
             title = f"{title}\n{OPTIMIZER_TITLES[optimizer]}, {GROWTH_TITLES[growth]}"
@@ -555,10 +608,9 @@ def coordinate_check(dataset: xr.Dataset, quantities: Sequence[str] = COORDINATE
     low, high = axes[0, 0].get_ylim()
     axes[0, 0].set_ylim(min(low, -1.2), max(high, 1.2) + 0.45 * (max(high, 1.2) - min(low, -1.2)))
     _width_axis(axes[0, 0], sorted(table.width.unique()))
-    figure.supxlabel("width", fontsize=8)
     figure.supylabel("size relative to the base width", fontsize=8)
     found = ", ".join(f"{RULE_TITLES[name]} {value:.2f}" for name, value in worst.items())
-    figure.suptitle(f"Largest width exponent of a change after {steps[-1]} steps: {found}")
+    _title(figure, f"Largest width exponent (absolute) of a change after {steps[-1]} steps: {found}")
     handles = [Line2D([], [], color=colours[step], label=f"{step}") for step in steps]
     handles += [
         Line2D([], [], color="0.3", marker="o", ms=2.5, lw=1, label="RMS"),
@@ -596,10 +648,14 @@ def _letters() -> Iterator[str]:
     return iter("abcdefghijklmnopqrstuvwxyz")
 
 
-def _letter(ax: Axes, letter: str) -> None:
-    ax.annotate(
-        letter, (0, 1), (-2, 3), "axes fraction", "offset points", ha="right", va="bottom", weight="bold", size=9
-    )
+def _panel_title(ax: Axes, letter: str, text: str) -> None:
+    ax.set_title(rf"$\mathbf{{{letter}}}$  {text}", loc="left", linespacing=1.3)
+
+
+def _title(figure: Figure, text: str) -> None:
+    """The finding, broken into lines that fit the figure."""
+    characters = int(13.5 * figure.get_figwidth())
+    figure.suptitle("\n".join(textwrap.fill(line, characters) for line in text.splitlines()))
 
 
 def _power_text(rate: float) -> str:

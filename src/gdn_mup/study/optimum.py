@@ -320,6 +320,12 @@ def transfers(dataset: xr.Dataset, optimizer: str | None = None, growth: str | N
     return found
 
 
+def signed(value: float) -> str:
+    """Two decimals with a sign; a true minus, and no sign on what rounds to zero."""
+    rounded = round(float(value), 2)
+    return "0.00" if rounded == 0 else f"{rounded:+.2f}".replace("-", "−")
+
+
 # Parts of the estimators
 
 

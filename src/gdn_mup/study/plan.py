@@ -47,8 +47,8 @@ class LearningRateGrid(Settings):
 class Experiment(Settings):
     """What sweeps and coordinate checks share: which models, under which rules."""
 
-    growth: GrowthMode
-    optimizer: OptimizerName
+    growth: GrowthMode = Field(description="What grows with width: the number of heads, or K and V of a head.")
+    optimizer: OptimizerName = Field(description="AdamW, or SGD with Nesterov momentum.")
     rules: tuple[RuleSetName, ...] = Field(min_length=1, description="Rule sets, trained side by side.")
     widths: tuple[int, ...] = Field(min_length=1, description="Ascending; the base width among them.")
     seeds: tuple[int, ...] = Field(min_length=1, description="A seed sets the init and the order of the data.")

@@ -1,0 +1,88 @@
+"""The reference of every key of a study file, generated from the models that read it."""
+
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel
+
+from gdn_mup.study.plan import Study
+
+BEGIN = "<!-- generated from the settings classes by `make reference` -->\n"
+END = "<!-- end of the generated part -->"
+
+SECTIONS = (
+    ("corpus", "Which text, and how it becomes tokens."),
+    ("model", "The Gated DeltaNet at the base width."),
+    ("training", "How a member is trained. A sweep or coordinate check may override keys under its own `training`."),
+    ("sweeps", "A list: a learning-rate sweep for each growth mode and optimizer."),
+    ("coordinate_checks", "A list: a coordinate check for each growth mode and optimizer."),
+)
+
+
+def json_schema() -> str:
+    """The JSON schema of a study file, for editors that complete and check YAML."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Study.model_json_schema()}
+    return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
+
+
+def markdown_reference() -> str:
+    """A table of keys, defaults, allowed values and meanings for each section of a study file."""
+    parts = []
+    for name, meaning in SECTIONS:
+        model = _model_of(Study.model_fields[name].annotation)
+        parts.append(f"### `{name}`\n\n{meaning}\n\n| key | default | allowed | meaning |\n|---|---|---|---|")
+        parts[-1] += "".join(f"\n{row}" for row in _rows(model, ""))
+    return "\n\n".join(parts) + "\n"
+
+
+def _rows(model: type[BaseModel], prefix: str) -> list[str]:
+    properties = model.model_json_schema()["properties"]
+    rows = []
+    for name, field in model.model_fields.items():
+        nested = _model_of(field.annotation)
+        if nested is not None:
+            rows += _rows(nested, f"{prefix}{name}.")
+            continue
+        default = "required" if field.is_required() else f"`{json.dumps(field.get_default())}`"
+        allowed = _allowed(properties[name])
+        rows.append(f"| `{prefix}{name}` | {default} | {allowed} | {field.description or ''} |")
+    return rows
+
+
+def _model_of(annotation: Any) -> Any:
+    """The settings class inside an annotation such as `tuple[Sweep, ...]`, if there is one."""
+    candidates = (annotation, *get_args(annotation))
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+
+
+def _allowed(schema: dict[str, Any]) -> str:
+    """Values or bounds in words, from a property of the JSON schema."""
+    if "enum" in schema:
+        return ", ".join(f"`{value}`" for value in schema["enum"])
+    if schema.get("type") == "array":
+        inner = _allowed(schema["items"])
+        return f"list of {inner}" if inner else "list"
+    bounds = {"exclusiveMinimum": "> {}", "minimum": "≥ {}", "exclusiveMaximum": "< {}", "maximum": "≤ {}"}
+    words = [text.format(schema[key]) for key, text in bounds.items() if key in schema]
+    kinds = {
+        "integer": "whole number",
+        "number": "number",
+        "string": "text",
+        "boolean": "true, false",
+        "object": "keys",
+    }
+    return " ".join([kinds.get(schema.get("type", ""), ""), ", ".join(words)]).strip()
+
+
+def main() -> None:
+    """Rewrite the generated part of config/README.md, and the schema: what `make reference` runs."""
+    readme = Path("config/README.md")
+    before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
+    after = rest.split(END)[1]
+    readme.write_text(f"{before}{BEGIN}\n{markdown_reference()}\n{END}{after}", encoding="utf-8")
+    Path("config/study.schema.json").write_text(json_schema(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,301 @@
+"""Tables, each as csv for programs, Markdown for people and TeX for papers.
+
+Every table is made twice: with numbers (the csv) and, by `printed_*`, in words and signs (Markdown and TeX).
+"""
+
+import re
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from gdn_mup.scaling.growth import Growth, Part
+from gdn_mup.scaling.rules import RULE_SETS
+from gdn_mup.study.claims import verdict_table
+from gdn_mup.study.figures import GROWTH_TITLES, OPTIMIZER_TITLES, RULE_TITLES, replacing
+from gdn_mup.study.optimum import signed, transfers
+
+
+def save(table: pd.DataFrame, stem: Path | str, printed: pd.DataFrame | None = None) -> None:
+    """Write `stem`.csv from `table` and `stem`.md and `stem`.tex from `printed` (by default the same).
+
+    TeX needs the packages booktabs and amsmath. Each file is written to a temporary name and renamed.
+    """
+    stem = Path(stem)
+    printed = table if printed is None else printed
+    with replacing(stem.with_name(f"{stem.name}.csv")) as path:
+        table.to_csv(path, index=False, float_format="%.6g")
+    with replacing(stem.with_name(f"{stem.name}.md")) as path:
+        escaped = printed.astype(str).replace({r"\|": r"\\|"}, regex=True)
+        path.write_text(escaped.to_markdown(index=False, disable_numparse=True) + "\n", "utf-8")
+    with replacing(stem.with_name(f"{stem.name}.tex")) as path:
+        path.write_text(_tex(printed), "utf-8")
+
+
+# Scaling rules
+
+
+class ParameterGroup(NamedTuple):
+    """Parameters that share a row: which of their two sides grow with width, as powers of m = d/d₀.
+
+    Powers are given for each growth mode (heads, head_dim).
+    """
+
+    title: str
+    part: Part
+    fan_in: tuple[int, int]
+    fan_out: tuple[int, int]
+
+
+# What grows in the language model of `gdn_mup.model`; a test compares this with its shapes.
+PARAMETER_GROUPS = (
+    ParameterGroup("q, k, v, g, o, MLP", Part.HIDDEN, fan_in=(1, 1), fan_out=(1, 1)),
+    ParameterGroup("W_a, W_b", Part.GATE_PROJECTION, fan_in=(1, 1), fan_out=(1, 0)),
+    ParameterGroup("A_log, dt_bias", Part.GATE_SCALAR, fan_in=(0, 0), fan_out=(1, 0)),
+    ParameterGroup("short conv", Part.SHORT_CONV, fan_in=(0, 0), fan_out=(1, 1)),
+    ParameterGroup("norm of the mixer's output o", Part.NORM, fan_in=(0, 0), fan_out=(0, 1)),
+    ParameterGroup("other norms", Part.NORM, fan_in=(0, 0), fan_out=(1, 1)),
+    ParameterGroup("embedding", Part.EMBEDDING, fan_in=(0, 0), fan_out=(1, 1)),
+    ParameterGroup("readout", Part.READOUT, fan_in=(1, 1), fan_out=(0, 0)),
+)
+
+# arXiv 2606.04048, text and released code, as powers of m (of d for the init, where the paper prints 1/√d).
+# The paper grows head_dim and ties the readout to the embedding, whose logits it multiplies by 1/m.
+# group: (init std, AdamW learning rate, SGD learning rate, SGD learning rate of its "original μP")
+_AS_PRINTED = {
+    "q, k, v, g, o, MLP": ("m^-1/2", "m^-1", "1", "1"),
+    "W_a, W_b": ("m^-1/2", "m^-1", "m^-1/2", "1"),
+    "A_log, dt_bias": ("1", "1", "m^1/2", "1"),
+    "short conv": ("m^-1/2 (code)", "m^-1 (code)", "1", "1"),
+    "norm of the mixer's output o": ("1", "m^-1 (code)", "1", "1"),
+    "other norms": ("1", "m^-1 (code)", "1", "1"),
+    "embedding": ("1", "1", "m", "m"),
+}
+_MULTIPLIERS = {
+    "init_std": ("init std", "adamw", 0),
+    "adamw_learning_rate": ("AdamW learning rate", "adamw", 1),
+    "sgd_learning_rate": ("SGD learning rate", "sgd", 2),
+    "adamw_epsilon": ("AdamW ε", "adamw", None),
+    "adamw_weight_decay": ("AdamW weight decay", "adamw", None),
+}
+
+
+def scaling_rules() -> pd.DataFrame:
+    """Every multiplier of every rule set as the power of m = d/d₀ that it is, next to the paper's own.
+
+    One row per (growth, parameters, multiplier), computed from the rule sets that training uses. The columns
+    `paper` and `paper_original_mup` are what arXiv 2606.04048 prints, empty where it prints nothing.
+    """
+    rows = []
+    for i, growth in enumerate(GROWTH_TITLES):
+        for group in PARAMETER_GROUPS:
+            m = 4.0
+            growing = Growth(fan_in=m ** group.fan_in[i], fan_out=m ** group.fan_out[i], width=m)
+            for multiplier, (_, optimizer, printed) in _MULTIPLIERS.items():
+                field = multiplier.removeprefix("adamw_").removeprefix("sgd_")
+                row = {
+                    "growth": growth,
+                    "parameters": group.title,
+                    "axes_that_grow": growing.axes.value,
+                    "multiplier": multiplier,
+                }
+                for name, rules in RULE_SETS.items():
+                    value = getattr(rules.scaling(group.part, growing, optimizer), field)
+                    row[name] = _power_of_m(float(np.log(value) / np.log(m)))
+                paper = _AS_PRINTED.get(group.title) if growth == "head_dim" else None
+                known = paper is not None and printed is not None
+                row["paper"] = paper[printed] if known else ""  # type: ignore[index]
+                row["paper_original_mup"] = paper[3] if paper and multiplier == "sgd_learning_rate" else ""
+                rows.append(row)
+    for growth in GROWTH_TITLES:
+        m = 4.0
+        row = {
+            "growth": growth,
+            "parameters": "logits, when the readout is the embedding's transpose",
+            "axes_that_grow": "",
+            "multiplier": "output",
+        }
+        for name, rules in RULE_SETS.items():
+            tied = rules.tied_output(Growth(fan_in=1.0, fan_out=m, width=m))
+            row[name] = _power_of_m(float(np.log(tied) / np.log(m)))
+        row["paper"] = row["paper_original_mup"] = "m^-1" if growth == "head_dim" else ""
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def printed_scaling_rules(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows in which nothing happens are left out; growth modes with equal rules are joined."""
+    names = list(RULE_SETS)
+    nothing = (table[names] == "1").all(axis=1) & table.paper.isin(("1", ""))
+    parameters = list(dict.fromkeys(table.parameters))
+    shown = table[~nothing].sort_values("parameters", key=lambda column: column.map(parameters.index), kind="stable")
+    keys = ["parameters", "axes_that_grow", "multiplier", *names]
+    rows = []
+    for _, group in shown.groupby(keys, sort=False):
+        first = group.iloc[-1]  # head_dim, where there is one: the mode that the paper prints
+        title = _MULTIPLIERS[first.multiplier][0] if first.multiplier in _MULTIPLIERS else "output"
+        rows.append(
+            {
+                "parameters": first.parameters,
+                "multiplier": title,
+                "growth by": " or ".join(GROWTH_TITLES[growth] for growth in group.growth),
+                "axes that grow": first.axes_that_grow or "–",
+                **{RULE_TITLES[name]: _superscript(first[name]) for name in names},
+                "paper": _superscript(first.paper) or "–",
+                "paper, “original μP”": _superscript(first.paper_original_mup) or "–",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+# Optima
+
+
+def optima(dataset: xr.Dataset) -> pd.DataFrame:
+    """Every optimum with its interval, its loss, and what the base width's optimum costs at that width.
+
+    One row per (growth, optimizer, rules, width); NaN and a reason where there is no number.
+    Raises UserError if the study has no sweep.
+    """
+    rows = []
+    for sweep in transfers(dataset):
+        for width, optimum in sweep.optima.items():
+            regret = sweep.regrets[width]
+            rows.append(
+                {
+                    "growth": sweep.growth,
+                    "optimizer": sweep.optimizer,
+                    "rules": sweep.rules,
+                    "width": width,
+                    "seeds": len(sweep.curves[width]),
+                    "log2_learning_rate": optimum.log2_learning_rate,
+                    "log2_learning_rate_low": optimum.interval.low,
+                    "log2_learning_rate_high": optimum.interval.high,
+                    "loss": optimum.loss,
+                    "loss_low": optimum.loss_interval.low,
+                    "loss_high": optimum.loss_interval.high,
+                    "transfer_regret": regret.value,
+                    "transfer_regret_low": regret.interval.low,
+                    "transfer_regret_high": regret.interval.high,
+                    "seed_noise": sweep.seed_noise[width],
+                    "not_bracketed": optimum.reason,
+                    "no_regret": regret.reason,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def printed_optima(table: pd.DataFrame) -> pd.DataFrame:
+    """Optima with intervals in brackets."""
+    rows = []
+    for row in table.itertuples():
+        if row.not_bracketed:
+            best = f"not bracketed: {row.not_bracketed}"
+        else:
+            low, high = row.log2_learning_rate_low, row.log2_learning_rate_high
+            best = f"{signed(row.log2_learning_rate)} [{signed(low)}, {signed(high)}]"
+        if row.no_regret:
+            regret = "–"
+        elif np.isinf(row.transfer_regret):
+            regret = "diverges"
+        else:
+            ends = row.transfer_regret_low, row.transfer_regret_high
+            regret = f"{row.transfer_regret:.3f} [{ends[0]:.3f}, {ends[1]:.3f}]"
+        loss = "–" if np.isnan(row.loss) else f"{row.loss:.3f} [{row.loss_low:.3f}, {row.loss_high:.3f}]"
+        rows.append(
+            {
+                "growth by": GROWTH_TITLES[row.growth],
+                "optimizer": OPTIMIZER_TITLES[row.optimizer],
+                "rules": RULE_TITLES[row.rules],
+                "width": str(row.width),
+                "seeds": str(row.seeds),
+                "log₂ LR*": best,
+                "loss (nats/token)": loss,
+                "transfer regret (nats/token)": regret,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+# Verdicts
+
+
+def verdicts(dataset: xr.Dataset) -> pd.DataFrame:
+    """Verdicts on every claim: per growth mode for the claim as a whole, then for each rule set."""
+    return verdict_table(dataset)
+
+
+def printed_verdicts(table: pd.DataFrame) -> pd.DataFrame:
+    """One row per claim and growth mode, and one per rule set where a claim speaks of several."""
+    shown = table[(table.rules == "all") | (table.groupby(["claim", "growth"]).rules.transform("size") > 2)]
+    return pd.DataFrame(
+        {
+            "claim": [f"{row.claim}. {row.statement}" if row.rules == "all" else "" for row in shown.itertuples()],
+            "growth by": shown.growth.map(GROWTH_TITLES).to_list(),
+            "rules": [RULE_TITLES.get(rules, rules) for rules in shown.rules],
+            "verdict": shown.verdict.to_list(),
+            "reason": shown.reason.to_list(),
+        }
+    )
+
+
+# Signs
+
+
+def _power_of_m(exponent: float) -> str:
+    """`m^-1/2` for −0.5, `1` for 0, `m` for 1."""
+    fraction = Fraction(exponent).limit_denominator(12)
+    return {0: "1", 1: "m"}.get(fraction, f"m^{fraction}")  # type: ignore[call-overload]
+
+
+def _superscript(text: str) -> str:
+    """`m^-1/2` as m^(−½) is printed: with superscript signs, readable without TeX."""
+    if "^" not in text:
+        return text
+    base, rest = text.split("^", 1)
+    exponent, *remark = rest.split(" ", 1)
+    raised = exponent.translate(str.maketrans("-0123456789/", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹ᐟ"))
+    return " ".join([base + raised, *remark])
+
+
+_TEX_SIGNS = {
+    **{sign: rf"\{sign}" for sign in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "−": "$-$",
+    "±": r"$\pm$",
+    "–": "--",
+    "μ": r"$\mu$",
+    "α": r"$\alpha$",
+    "ε": r"$\varepsilon$",
+    "₂": r"$_2$",
+    "₀": r"$_0$",
+    "∝": r"$\propto$",
+    "“": "``",
+    "”": "''",
+}
+_RAISED = "⁻⁰¹²³⁴⁵⁶⁷⁸⁹ᐟ"
+
+
+def _tex(table: pd.DataFrame) -> str:
+    """A booktabs table. Columns of sentences wrap."""
+
+    def cell(value: object) -> str:
+        text = "".join(_TEX_SIGNS.get(sign, sign) for sign in str(value))
+        return re.sub(
+            f"[{_RAISED}]+",
+            lambda found: f"$^{{{found[0].translate(str.maketrans(_RAISED, '-0123456789/'))}}}$",
+            text,
+        )
+
+    texts = table.astype(str)
+    widest = texts.apply(lambda column: column.str.len().max())
+    columns = "".join("l" if width <= 40 else r"p{0.3\linewidth}" for width in widest)
+    lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule"]
+    lines += [" & ".join(map(cell, table.columns)) + r" \\", r"\midrule"]
+    lines += [" & ".join(map(cell, row)) + r" \\" for row in texts.itertuples(index=False)]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])

@@ -1,0 +1,94 @@
+"""Verdicts on studies whose truth is known: each verdict is reached, and breaking a rule turns it."""
+
+from typing import Any
+
+import pytest
+import xarray as xr
+from synthetic import SLOPES, in_memory, study
+
+from gdn_mup.study.claims import CLAIMS, Verdict, judge_all, verdict_table
+
+
+def verdicts(selection: dict[str, Any] | None = None, **truth: Any) -> dict[tuple[str, str], Verdict]:
+    """Verdicts by claim and rule set ("" is the claim as a whole)."""
+    dataset = in_memory(study(), "lr_sweep", **truth)
+    found = judge_all(dataset.sel(selection) if selection else dataset)
+    return {(verdict.claim, verdict.rules): verdict for verdict in found}
+
+
+def test_theory_is_reproduced_when_it_holds() -> None:
+    found = verdicts()
+    for claim in ("C1", "C2", "C3", "C4"):
+        assert found[claim, ""].verdict == "reproduced", found[claim, ""]
+    assert "slope −1.0" in found["C1", "sp"].reason
+    assert "largest transfer regret" in found["C2", "gdn_mup"].reason
+
+
+@pytest.mark.parametrize("broken", ["mup", "liu_gu", "gdn_mup"])
+def test_unscaled_learning_rate_turns_the_verdict(broken: str) -> None:
+    found = verdicts(slopes=SLOPES | {broken: -1.0})
+    assert found["C2", broken].verdict == found["C4", broken].verdict == "not reproduced"
+    assert "the interval excludes 0" in found["C2", broken].reason
+    assert found["C2", ""].verdict == "not reproduced"
+    others = {"mup", "liu_gu", "gdn_mup"} - {broken}
+    assert {found["C2", name].verdict for name in others} == {"reproduced"}
+
+
+def test_divergence_at_the_transferred_learning_rate_is_named() -> None:
+    found = verdicts(slopes=SLOPES | {"mup": -1.0})
+    assert "width 128: training diverges at the transferred learning rate" in found["C2", "mup"].reason
+
+
+def test_optimum_that_stays_under_sp_refutes_c1() -> None:
+    found = verdicts(slopes=SLOPES | {"sp": 0.0})
+    assert found["C1", "sp"].verdict == "not reproduced"
+    rising = verdicts(slopes=SLOPES | {"sp": 0.5})
+    assert rising["C1", "sp"].verdict == "not reproduced"
+    assert "rises with width" in rising["C1", "sp"].reason
+
+
+def test_noise_makes_transfer_inconclusive_not_reproduced() -> None:
+    """A wide interval contains 0, but does not show that the optimum stays."""
+    found = verdicts(noise=0.06)
+    assert found["C2", ""].verdict == "inconclusive"
+    assert any(word in found["C2", "mup"].reason for word in ("reaches", "noise alone", "no optimum"))
+
+
+def test_one_width_is_inconclusive() -> None:
+    found = verdicts({"width": [32]})
+    assert found["C1", ""].verdict == "inconclusive"
+    assert found["C2", "mup"].reason == "only width 32 was run"
+
+
+def test_base_optimum_outside_the_grid_is_inconclusive() -> None:
+    found = verdicts(best_at_base=-11.3)
+    assert found["C2", ""].verdict == "inconclusive"
+    assert "the lowest of the grid" in found["C2", "mup"].reason
+
+
+def test_absent_sweep_is_not_tested() -> None:
+    found = verdicts({"optimizer": ["adamw"]})
+    assert found["C3", ""].verdict == found["C4", ""].verdict == "not tested"
+    assert found["C1", ""].verdict == "reproduced"
+
+
+def test_rule_sets_that_were_not_run_do_not_count() -> None:
+    found = verdicts({"rules": ["sp", "gdn_mup"]})
+    assert found["C2", ""].verdict == "reproduced"
+    assert found["C2", "mup"].verdict == "not tested"
+
+
+def test_each_growth_mode_has_its_own_verdict() -> None:
+    dataset = in_memory(study(), "lr_sweep")
+    other = in_memory(study(), "lr_sweep", slopes=SLOPES | {"mup": -1.0}).assign_coords(growth=["head_dim"])
+    both = xr.concat([dataset, other], dim="growth")
+    found = {(v.growth, v.claim, v.rules): v.verdict for v in judge_all(both)}
+    assert found["heads", "C2", "mup"] == "reproduced"
+    assert found["head_dim", "C2", "mup"] == "not reproduced"
+
+
+def test_table_has_a_row_and_a_reason_for_every_verdict() -> None:
+    table = verdict_table(in_memory(study(), "lr_sweep"))
+    assert list(dict.fromkeys(table.claim)) == [claim.id for claim in CLAIMS]
+    assert len(table) == sum(1 + len(claim.rules) for claim in CLAIMS)
+    assert (table.reason.str.len() > 0).all() and (table.decided_by.str.len() > 0).all()

@@ -1,0 +1,268 @@
+"""Figures and tables are drawn from whatever a study has, say what the data say, and are written reproducibly."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import xarray as xr
+from matplotlib.text import Text
+from synthetic import EXPONENTS, SLOPES, in_memory, study
+
+from gdn_mup.errors import UserError
+from gdn_mup.model.config import ModelSettings, model_shape
+from gdn_mup.scaling.growth import growth_between
+from gdn_mup.study import datasets, figures, tables
+
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+
+
+@pytest.fixture(scope="module")
+def lr_sweep() -> xr.Dataset:
+    return in_memory(study(), "lr_sweep")
+
+
+@pytest.fixture(scope="module")
+def coordinates() -> xr.Dataset:
+    return in_memory(study(), "coordinates")
+
+
+@pytest.fixture(scope="module")
+def drawings(lr_sweep: xr.Dataset, coordinates: xr.Dataset) -> dict[str, figures.Drawing]:
+    return {
+        "coordinate_check": figures.coordinate_check(coordinates),
+        "lr_transfer": figures.lr_transfer(lr_sweep, "adamw"),
+        "optimum_vs_width": figures.optimum_vs_width(lr_sweep),
+        "training_curves": figures.training_curves(lr_sweep),
+    }
+
+
+def title_of(drawing: figures.Drawing) -> str:
+    return " ".join(drawing.figure.get_suptitle().split())
+
+
+def texts_of(drawing: figures.Drawing) -> Iterator[Text]:
+    for text in drawing.figure.findobj(Text):
+        if text.get_text().strip() and text.get_visible():
+            yield text
+
+
+def test_no_text_is_too_small_or_cut_off(drawings: dict[str, figures.Drawing]) -> None:
+    for name, drawing in drawings.items():
+        assert drawing.figure.get_figwidth() in (figures.COLUMN_WIDTH, figures.FULL_WIDTH), name
+        width = drawing.figure.bbox.width
+        heading = drawing.figure.texts + [ax.title for ax in drawing.figure.axes]
+        for text in texts_of(drawing):
+            assert text.get_fontsize() >= 7, f"{name}: {text.get_text()!r}"
+        for text in heading:
+            box = text.get_window_extent()
+            assert box.x0 >= -1 and box.x1 <= width + 1, f"{name}: {text.get_text()!r} is cut off"
+
+
+def test_legend_lies_below_the_axis_labels(drawings: dict[str, figures.Drawing]) -> None:
+    for name, drawing in drawings.items():
+        for legend in drawing.figure.legends:
+            top = legend.get_window_extent().y1
+            for ax in drawing.figure.axes:
+                assert top <= ax.get_tightbbox().y0 + 1, name
+
+
+def test_every_panel_shows_something(drawings: dict[str, figures.Drawing]) -> None:
+    for name, drawing in drawings.items():
+        for ax in drawing.figure.axes:
+            assert any(len(line.get_xdata()) > 1 for line in ax.lines), name
+
+
+def test_titles_state_what_was_found(drawings: dict[str, figures.Drawing]) -> None:
+    assert "SP −1.0" in title_of(drawings["lr_transfer"])
+    title = title_of(drawings["optimum_vs_width"])
+    assert "The optimum moves with width: SP (AdamW, SGD)." in title
+    assert "No movement seen: μP (transformer), Liu & Gu, gdn-mup (AdamW, SGD)." in title
+    assert "Not so at every width: SP (AdamW, SGD)." in title_of(drawings["training_curves"])
+
+
+def test_titles_follow_the_data() -> None:
+    moved = in_memory(study(), "lr_sweep", slopes=SLOPES | {"sp": 0.0, "gdn_mup": -1.0})
+    assert "The optimum moves with width: gdn-mup (AdamW, SGD)." in title_of(figures.optimum_vs_width(moved))
+    assert "gdn-mup −1.0" in title_of(figures.lr_transfer(moved, "adamw"))
+
+
+def test_wider_is_darker() -> None:
+    colours = list(figures.width_colours([256, 32, 64]).values())
+    lightness = [sum(int(colour[i : i + 2], 16) for i in (1, 3, 5)) for colour in colours]
+    assert list(figures.width_colours([256, 32, 64])) == [32, 64, 256]
+    assert lightness == sorted(lightness, reverse=True)
+
+
+def test_coordinate_exponents_are_recovered(drawings: dict[str, figures.Drawing]) -> None:
+    table = drawings["coordinate_check"].table
+    last = table[(table.measure == "change") & (table.step == table.step.max())]
+    for rules, exponent in EXPONENTS.items():
+        assert last[last.rules == rules].exponent.mean() == pytest.approx(exponent, abs=0.03)
+    one = last[(last.rules == "sp") & (last.quantity == "state") & (last.layer == 1)].sort_values("width")
+    fitted = np.polyfit(np.log(one.width), np.log(one["size"]), 1)[0]  # balanced: every width has every seed
+    assert one.exponent.iloc[0] == pytest.approx(fitted, abs=1e-6)
+
+
+def test_table_of_a_figure_holds_every_run(drawings: dict[str, figures.Drawing], lr_sweep: xr.Dataset) -> None:
+    table = drawings["lr_transfer"].table
+    adamw = lr_sweep.sel(optimizer="adamw")
+    assert len(table) == int(adamw.diverged.notnull().sum())
+    assert table.diverged.sum() == int(adamw.diverged.sum())
+
+
+def test_figures_facet_over_growth_modes(lr_sweep: xr.Dataset, coordinates: xr.Dataset) -> None:
+    def both(dataset: xr.Dataset) -> xr.Dataset:
+        few = dataset.sel(rules=["sp", "gdn_mup"])
+        return xr.concat([few, few.assign_coords(growth=["head_dim"])], dim="growth")
+
+    assert len(figures.lr_transfer(both(lr_sweep), "adamw").figure.axes) == 2 * 2
+    assert len(figures.optimum_vs_width(both(lr_sweep)).figure.axes) == 2 * 2
+    assert len(figures.training_curves(both(lr_sweep.sel(optimizer=["adamw"]))).figure.axes) == 2 * 2
+    assert len(figures.coordinate_check(both(coordinates), ["state"]).figure.axes) == 2 * 2
+
+
+@pytest.mark.parametrize(
+    "selection",
+    [
+        {"width": [32]},
+        {"seed": [0]},
+        {"rules": ["sp"]},
+        {"learning_rate": [2.0**-11, 2.0**-10, 2.0**-8]},
+        {"learning_rate": [2.0**-3, 2.0**-2]},
+    ],
+    ids=["one width", "one seed", "one rule set", "not bracketed", "all diverge"],
+)
+def test_small_studies_are_drawn(lr_sweep: xr.Dataset, selection: dict[str, Any]) -> None:
+    small = lr_sweep.sel(selection)
+    for drawing in (figures.lr_transfer(small, "adamw"), figures.optimum_vs_width(small)):
+        assert len(drawing.table)
+    assert len(tables.printed_optima(tables.optima(small)))
+    assert len(tables.printed_verdicts(tables.verdicts(small)))
+    if "learning_rate" not in selection:
+        assert len(figures.training_curves(small).table)
+    assert not plt.get_fignums()  # a figure that stays open is shown twice in a notebook
+
+
+def test_coordinate_check_of_one_width_has_no_exponent(coordinates: xr.Dataset) -> None:
+    assert figures.coordinate_check(coordinates.sel(width=[32])).table.exponent.isna().all()
+
+
+def test_absent_sweep_is_named(lr_sweep: xr.Dataset) -> None:
+    with pytest.raises(UserError, match="no learning-rate sweep with optimizer `sgd`"):
+        figures.lr_transfer(lr_sweep.sel(optimizer=["adamw"]), "sgd")
+
+
+def test_saved_files_are_whole_and_reproducible(drawings: dict[str, figures.Drawing], tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        figures.save(*drawings["optimum_vs_width"], tmp_path / name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("first.csv", "first.png", "first.svg", "second.csv", "second.png", "second.svg"),
+    ]
+    assert (tmp_path / "first.svg").read_bytes() == (tmp_path / "second.svg").read_bytes()
+    assert b"dc:date" not in (tmp_path / "first.svg").read_bytes()
+    pixels = plt.imread(tmp_path / "first.png").shape
+    assert pixels[1] == pytest.approx(300 * figures.FULL_WIDTH, abs=1)
+    read = pd.read_csv(tmp_path / "first.csv")
+    assert list(read.columns) == list(drawings["optimum_vs_width"].table.columns)
+
+
+def test_paths_start_at_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "Snakefile").touch()
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    assert figures.from_root("results/x.nc") == tmp_path / "results/x.nc"
+    assert figures.from_root(tmp_path / "x.nc") == tmp_path / "x.nc"
+
+
+# Tables
+
+
+def test_rules_are_what_the_paper_prints() -> None:
+    """Where the paper speaks (growth by head_dim), `liu_gu` and `mup` agree with it, the code's variants apart."""
+    table = tables.scaling_rules()
+    spoken = table[(table.paper != "") & ~table.paper.str.contains("code")]
+    assert len(spoken) >= 15
+    pd.testing.assert_series_equal(spoken.liu_gu, spoken.paper, check_names=False)
+    original = table[table.paper_original_mup != ""]
+    pd.testing.assert_series_equal(original.mup, original.paper_original_mup, check_names=False)
+    theirs = table.set_index(["growth", "parameters", "multiplier"]).loc["head_dim"]
+    assert theirs.loc[("W_a, W_b", "sgd_learning_rate"), ["liu_gu", "gdn_mup"]].to_list() == ["m^-1/2", "m^-1"]
+
+
+@pytest.mark.parametrize("growth", ["heads", "head_dim"])
+def test_parameter_groups_grow_as_the_model_does(growth: Any) -> None:
+    language_model = pytest.importorskip("gdn_mup.model.language_model")
+    model = ModelSettings()
+    base, target = (language_model.parameter_table(model_shape(model, width, growth, 512)) for width in (32, 128))
+    declared = {
+        (group.part, 4.0 ** group.fan_in[i], 4.0 ** group.fan_out[i])
+        for group in tables.PARAMETER_GROUPS
+        for i in [list(figures.GROWTH_TITLES).index(growth)]
+    }
+    found = set()
+    for name, info in base.items():
+        grown = growth_between(info, target[name], 4.0)
+        found.add((info.part, grown.fan_in, grown.fan_out))
+    assert found == declared
+
+
+def test_tables_are_written_three_times(lr_sweep: xr.Dataset, tmp_path: Path) -> None:
+    table = tables.optima(lr_sweep)
+    tables.save(table, tmp_path / "optima", tables.printed_optima(table))
+    read = pd.read_csv(tmp_path / "optima.csv")
+    assert read.log2_learning_rate.to_numpy() == pytest.approx(table.log2_learning_rate, nan_ok=True, rel=1e-5)
+    markdown = (tmp_path / "optima.md").read_text("utf-8")
+    assert "μP (transformer)" in markdown and "diverges" in markdown and "gdn_mup" not in markdown
+    tex = (tmp_path / "optima.tex").read_text("utf-8")
+    assert tex.count(r"\\") == len(table) + 1
+    assert r"Liu \& Gu" in tex and r"\toprule" in tex and tex.isascii()
+
+
+def test_scaling_rules_and_verdicts_are_plain_tex(lr_sweep: xr.Dataset, tmp_path: Path) -> None:
+    rules, verdicts = tables.scaling_rules(), tables.verdicts(lr_sweep)
+    tables.save(rules, tmp_path / "rules", tables.printed_scaling_rules(rules))
+    tables.save(verdicts, tmp_path / "verdicts", tables.printed_verdicts(verdicts))
+    for name in ("rules", "verdicts"):
+        assert (tmp_path / f"{name}.tex").read_text("utf-8").isascii(), name
+    assert "m$^{-1/2}$" in (tmp_path / "rules.tex").read_text("utf-8")
+
+
+# Notebooks
+
+
+def notebooks() -> list[Path]:
+    return sorted(NOTEBOOKS.glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", notebooks(), ids=lambda path: path.stem)
+def test_notebook_runs_by_itself(
+    path: Path, lr_sweep: xr.Dataset, coordinates: xr.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its default parameters, from its own folder, as when opened in Jupyter."""
+    (tmp_path / "Snakefile").touch()
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    cells = json.loads(path.read_text("utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    if "lr_sweep =" in code[0]:
+        datasets.write(lr_sweep, tmp_path / "results/laptop/datasets/lr_sweep.nc")
+    if "coordinates =" in code[0]:
+        datasets.write(coordinates, tmp_path / "results/laptop/datasets/coordinates.nc")
+    names: dict[str, Any] = {}
+    for cell in code:
+        exec(cell, names)
+    written = {file.suffix for file in (tmp_path / "results/laptop").rglob(f"{path.stem}.*")}
+    assert written in ({".svg", ".png", ".csv"}, {".csv", ".md", ".tex"})
+
+
+def test_study_never_imports_torch() -> None:
+    modules = "figures, tables, claims, optimum, datasets"
+    code = f"import sys; from gdn_mup.study import {modules}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
