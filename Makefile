@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 SHELL := /bin/bash
 INSTALLED := .venv/.installed
 
-.PHONY: help reproduce environment test lint format lock clean-study
+.PHONY: help reproduce environment test lint format reference lock clean-study
 .DEFAULT_GOAL := help
 
 help:
@@ -17,13 +17,15 @@ help:
 	@echo "make lint                   ruff, mypy, snakefmt, snakemake --lint; notebooks without outputs"
 	@echo "make format                 let ruff, snakefmt and nbstripout repair what 'make lint' would complain about"
 	@echo "make environment            .venv with exactly the packages of requirements.lock"
+	@echo "make reference              write config/README.md's reference of every key, and the JSON schema, again"
 	@echo "make lock                   resolve pyproject.toml into requirements.lock again (UPGRADE=1: newest versions)"
 	@echo "make clean-study STUDY=x    delete results/x"
 
 reproduce: environment
 	snakemake --cores all --config study=$(STUDY)
 	@echo
-	@if [ -e results/$(STUDY)/tables/verdicts.md ]; then cat results/$(STUDY)/tables/verdicts.md; fi
+	@verdicts=results/$(STUDY)/tables/verdicts.md; if [ -e $$verdicts ]; then \
+	    awk -F ' *[|] *' 'NR > 2 && $$2 { print $$5 ": " $$2 " (" $$3 ")" }' $$verdicts; fi
 	@echo
 	@echo "Report: results/$(STUDY)/report.html"
 
@@ -65,6 +67,9 @@ format: environment
 	ruff format
 	snakefmt Snakefile workflow
 	nbstripout notebooks/*.ipynb
+
+reference: environment
+	python -m gdn_mup.study.reference
 
 lock: environment
 	python tools/lock_requirements.py $(if $(UPGRADE),--upgrade)

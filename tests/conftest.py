@@ -20,7 +20,8 @@ def _one_thread() -> None:
 def corpus_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small corpus of real text: part of the standard library, vocabulary 320."""
     folder = tmp_path_factory.mktemp("corpus")
-    settings = CorpusSettings(maximum_bytes=400_000, tokenizer_sample_bytes=200_000, vocabulary_size=320)
+    sizes = {"maximum_bytes": 400_000, "tokenizer_sample_bytes": 200_000, "vocabulary_size": 320}
+    settings = CorpusSettings(**sizes, validation_fraction=0.2)
     build_corpus(settings, ROOT, folder)
     return folder
 

@@ -339,7 +339,7 @@ def measure_gdn(
 VOCABULARY = 8
 MEASURED_RULES = ("sp", "gdn_mup")
 WIDTHS = (128, 256, 512, 1024)
-SEEDS = range(8)
+SEEDS = range(6)
 
 Slope = tuple[float, float]  # and its standard error
 Fit = dict[tuple[str, str, int], tuple[Slope, Slope]]  # over all widths, and over the widest octave
@@ -411,12 +411,18 @@ def test_under_gdn_mup_every_activation_of_the_gated_deltanet_moves_alike_at_all
 
 def test_under_sp_a_large_learning_rate_saturates_as_predicted():
     """The finite response: bounded by norms and sigmoids, and with products of two changes."""
-    widths, rate = (256, 512, 1024), 1.0
-    runs = [[measure_gdn("heads", w, s, ("sp",), rate)["adamw"] for s in range(4)] for w in widths]
-    prediction = predict("sp", "adamw", "heads", response="finite", layers=MODEL.layers)
+    widths = (256, 512, 1024)
+    runs = [[measure_gdn("heads", w, s, ("sp",), learning_rate=1.0)["adamw"] for s in range(4)] for w in widths]
+    finite, linear = (
+        predict("sp", "adamw", "heads", response=response, layers=MODEL.layers).change
+        for response in ("finite", "linear")
+    )
+    assert (finite["residual", 0], finite["final_norm", OUTSIDE_BLOCKS]) == (3, 0)  # far from linear
     for kind, name, layer in runs[0][0]:
         if kind == "change":
             sizes = np.array([[run[kind, name, layer][0] for run in row] for row in runs])
             slope, error = slopes(widths, sizes)
-            expected = pytest.approx(prediction.change[name, layer], abs=TOLERANCE + 2 * error)
-            print(name, prediction.change[name, layer], slope.round(2), error.round(2))
+            # A saturated o_normed overlaps little with the one that made the update of W_o: on its way to 2.
+            low = linear[name, layer] if name == "mixer_output" else finite[name, layer]
+            margin = TOLERANCE + 2 * error
+            assert low - margin <= slope <= finite[name, layer] + margin, name

@@ -61,9 +61,7 @@ def test_initial_standard_deviations_follow_the_rules() -> None:
 def test_short_conv_is_a_causal_depthwise_convolution(length: int) -> None:
     x = torch.randn(2, 3, length, 5, dtype=torch.float64, requires_grad=True)
     taps = torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True)
-    reference = torch.stack(
-        [F.conv1d(F.pad(x[m].mT, (3, 0)), taps[m][:, None], groups=5).mT for m in range(2)]
-    )
+    reference = torch.stack([F.conv1d(F.pad(x[m].mT, (3, 0)), taps[m][:, None], groups=5).mT for m in range(2)])
     torch.testing.assert_close(short_conv(x, taps), reference)
     assert torch.autograd.gradcheck(short_conv, (x, taps))
 
@@ -83,9 +81,7 @@ def test_a_mixer_is_flas_gated_deltanet() -> None:
     def conv_silu(y: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
         return F.silu(F.conv1d(F.pad(y.mT, (3, 0)), taps[:, None], groups=taps.shape[0]).mT)
 
-    q, k, v = (
-        conv_silu(x @ w[name].T, w[f"{name}_conv"]).unflatten(-1, (shape.heads, -1)) for name in ("q", "k", "v")
-    )
+    q, k, v = (conv_silu(x @ w[name].T, w[f"{name}_conv"]).unflatten(-1, (shape.heads, -1)) for name in ("q", "k", "v"))
     q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
     g = -w["A_log"].exp() * F.softplus(x @ w["alpha_projection"].T + w["dt_bias"])
     beta = (x @ w["beta_projection"].T).sigmoid()

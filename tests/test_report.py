@@ -74,13 +74,13 @@ def test_the_first_page_says_what_this_is(report):
 
 def test_clicking_through_to_a_figure_shows_it(report):
     click(report, "Figures")
-    click_icon(report, "Learning-rate transfer (adamw)", "eye")
+    click_icon(report, "Learning-rate transfer, AdamW", "eye")
     drawn = """
         return [...document.images].some(image => image.src.startsWith("data:image/svg")
             && image.complete && image.naturalWidth > 100 && image.getBoundingClientRect().width > 100)
     """
     WebDriverWait(report, 20).until(lambda _: report.execute_script(drawn))
-    click_icon(report, "Learning-rate transfer (adamw)", "information-circle")
+    click_icon(report, "Learning-rate transfer, AdamW", "information-circle")
     wait_for_text(report, "Does the best learning rate move when the model grows?")
 
 

@@ -173,12 +173,12 @@ def test_width_invariant_norm_weighs_by_the_sgd_multiplier(tokens: TokenFile) ->
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_updates_follow_torch_with_each_parameters_multipliers(
-    tokens: TokenFile, optimizer: OptimizerName
-) -> None:
+def test_updates_follow_torch_with_each_parameters_multipliers(tokens: TokenFile, optimizer: OptimizerName) -> None:
     """A member's update of a parameter is torch's, at its own learning rate, ε and weight decay."""
     training = TRAINING.model_copy(update={"weight_decay": 0.1, "clipping": "none"})
-    trainer = make_trainer([Member("gdn_mup", 0.01), Member("sp", 0.02)], tokens, optimizer=optimizer, training=training)
+    trainer = make_trainer(
+        [Member("gdn_mup", 0.01), Member("sp", 0.02)], tokens, optimizer=optimizer, training=training
+    )
     scaled = scaled_model(MODEL, 32, "heads", tokens.vocabulary_size, RULES, optimizer)
     references = []
     for member, (rules, rate) in enumerate([("gdn_mup", 0.01), ("sp", 0.02)]):

@@ -12,6 +12,7 @@ from gdn_mup.errors import UserError
 
 if TYPE_CHECKING:  # torch and xarray take seconds to import: only the commands that train pay for them
     import xarray as xr
+    from rich.console import Console
 
     from gdn_mup.study.plan import Job
 
@@ -61,15 +62,12 @@ def _root(
 @app.command()
 def plan(study: StudyFile) -> None:
     """List the jobs that a study asks for, with the members that each trains side by side."""
-    from rich.console import Console
     from rich.table import Table
 
     from gdn_mup.study.plan import Sweep, load_study, settings_hash
 
     loaded = load_study(study)
-    table = Table(
-        "kind", "growth", "optimizer", "width", "seed", "members", "steps", "settings", title=str(study)
-    )
+    table = Table("kind", "growth", "optimizer", "width", "seed", "members", "steps", "settings", title=str(study))
     for kind in ("coordinates", "lr_sweep"):
         for job in loaded.jobs(kind):
             experiment = loaded.experiment_of(job)
@@ -80,7 +78,28 @@ def plan(study: StudyFile) -> None:
                 members, steps = len(experiment.rules), max(experiment.steps)
             cells = (*job, members, steps, settings_hash(loaded.settings_of(job)))
             table.add_row(*map(str, cells))
-    Console().print(table)
+    _console().print(table)
+
+
+@app.command()
+def rules(
+    growth: Annotated[str | None, typer.Option(help="Only `heads` or only `head_dim`.")] = None,
+) -> None:
+    """Show how each rule set scales each parameter, as powers of m = width / base width, next to the paper's."""
+    from rich.table import Table
+
+    from gdn_mup.study.tables import printed_scaling_rules, scaling_rules
+
+    table = scaling_rules()
+    if growth is not None:
+        if growth not in set(table.growth):
+            raise UserError(f"--growth: {growth!r}: use {' or '.join(dict.fromkeys(table.growth))}")
+        table = table[table.growth == growth]
+    printed = printed_scaling_rules(table)
+    shown = Table(*printed.columns, title="Multipliers between the base width and m times that width")
+    for row in printed.itertuples(index=False):
+        shown.add_row(*map(str, row))
+    _console().print(shown)
 
 
 @app.command()
@@ -113,12 +132,13 @@ def sweep(
     """Train every rule set and learning rate of one width, side by side, on the same batches."""
     from gdn_mup.progress import progress
     from gdn_mup.study.plan import Job, Sweep, load_study, settings_hash
-    from gdn_mup.training.sweep import distinct_members, train
 
     loaded = load_study(study)
     job = Job("lr_sweep", growth, optimizer, width, seed)  # type: ignore[arg-type]
     experiment = loaded.experiment_of(job)
     assert isinstance(experiment, Sweep)
+    from gdn_mup.training.sweep import distinct_members, train
+
     settings = loaded.settings_of(job)
     scaled, tokens, validation, device = _prepare(loaded.model, experiment.rules, job, corpus, threads)
     rates = experiment.learning_rates.values
@@ -187,6 +207,14 @@ def collect(
     write(collect_jobs(jobs, kind, load_study(study)), output)  # type: ignore[arg-type]
 
 
+def _console() -> "Console":
+    """A terminal's width where there is one; wide lines for a pipe or a file."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=200)
+
+
 def _title(job: "Job") -> str:
     return f"{job.kind}: {job.growth}, {job.optimizer}, width {job.width}, seed {job.seed}"
 
@@ -206,9 +234,7 @@ def _prepare(model: Any, rules: Any, job: "Job", corpus: Path, threads: int | No
     return scaled, tokens, validation, torch.device("cpu")
 
 
-def _trainer(
-    members: Any, scaled: Any, model: Any, training: Any, job: "Job", tokens: Any, device: Any
-) -> Any:
+def _trainer(members: Any, scaled: Any, model: Any, training: Any, job: "Job", tokens: Any, device: Any) -> Any:
     from gdn_mup.training.sweep import Trainer
 
     return Trainer(members, scaled, model, training, job.optimizer, job.seed, tokens, device)
@@ -243,16 +269,12 @@ def _sweep_dataset(
     )
 
 
-def _write_job(
-    dataset: "xr.Dataset", job: "Job", settings: dict[str, Any], tokens: Any, output: Path
-) -> None:
+def _write_job(dataset: "xr.Dataset", job: "Job", settings: dict[str, Any], tokens: Any, output: Path) -> None:
     """Add the job's coordinates and provenance, and write its file."""
     from gdn_mup.study.datasets import write
     from gdn_mup.study.provenance import processor, provenance
 
-    dataset = dataset.assign_coords(
-        growth=job.growth, optimizer=job.optimizer, width=job.width, seed=job.seed
-    )
+    dataset = dataset.assign_coords(growth=job.growth, optimizer=job.optimizer, width=job.width, seed=job.seed)
     dataset.attrs |= {
         "title": _title(job),
         **provenance(settings, processor()),

@@ -80,6 +80,12 @@ def get_parameters(wildcards, input, output) -> list[str]:
     return [*datasets, f"output={os.path.splitext(output.csv)[0]}"]
 
 
+def get_transfer_labels(wildcards) -> dict[str, str]:
+    """How the report names a transfer figure."""
+    title = {"adamw": "AdamW", "sgd": "SGD"}[wildcards.optimizer]
+    return {"figure": f"Learning-rate transfer, {title}"}
+
+
 def get_products(name: str) -> list[str]:
     """Every figure and table for which the study has the experiments."""
     study = get_study(name)

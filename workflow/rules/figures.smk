@@ -43,7 +43,7 @@ use rule figure_coordinate_check as figure_lr_transfer with:
             "results/{study}/figures/lr_transfer_{optimizer}.svg",
             caption="../report/lr_transfer.rst",
             category="Figures",
-            labels={"figure": "Learning-rate transfer ({optimizer})"},
+            labels=get_transfer_labels,
         ),
         png="results/{study}/figures/lr_transfer_{optimizer}.png",
         csv="results/{study}/figures/lr_transfer_{optimizer}.csv",

@@ -67,9 +67,7 @@ def coordinate_check(
         "step": list(steps),
         "layer": layers,
     }
-    sizes = {
-        variable: _empty(dimensions | {"quantity": _names(places)}) for variable in ("rms", "change")
-    } | {
+    sizes = {variable: _empty(dimensions | {"quantity": _names(places)}) for variable in ("rms", "change")} | {
         variable: _empty(dimensions | {"parameter": _names(parameters.values())})
         for variable in ("weight_rms", "gradient_rms", "update_rms")
     }
@@ -81,13 +79,9 @@ def coordinate_check(
     for step in range(max(steps) + 1):
         measured = step in steps
         if step > 0:
-            before = (
-                {name: weight.detach().clone() for name, weight in model.weights.items()} if measured else {}
-            )
+            before = {name: weight.detach().clone() for name, weight in model.weights.items()} if measured else {}
             trainer.backward(step - 1)
-            gradients = (
-                {name: gradient.clone() for name, gradient in trainer.gradients().items()} if measured else {}
-            )
+            gradients = {name: gradient.clone() for name, gradient in trainer.gradients().items()} if measured else {}
             trainer.update(1.0)
             for name, place in parameters.items() if measured else ():
                 put("gradient_rms", step, place, member_rms(gradients[name]))

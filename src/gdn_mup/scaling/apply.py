@@ -31,9 +31,7 @@ def scale_model(
         raise ValueError(f"base and target model differ in their parameters: {', '.join(only)}")
     rule_set = RULE_SETS[rules]
     growths = {name: growth_between(base[name], target[name], width) for name in target}
-    scalings = {
-        name: rule_set.scaling(target[name].part, growth, optimizer) for name, growth in growths.items()
-    }
+    scalings = {name: rule_set.scaling(target[name].part, growth, optimizer) for name, growth in growths.items()}
     parts = {info.part: name for name, info in target.items()}
     tied = next((name for part, name in parts.items() if part.name == "EMBEDDING"), None)
     if tied is None or any(part.name == "READOUT" for part in parts):

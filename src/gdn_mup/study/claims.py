@@ -26,9 +26,8 @@ VerdictName = Literal["reproduced", "not reproduced", "inconclusive", "not teste
 # learning rate ∝ 1/width); half of that separates "stays" from "moves as under SP" with nothing between.
 SLOPE_TOLERANCE = 0.5
 
-# Nats per token: what missing the optimum by half an octave costs, since loss curves of these models rise by
-# 0.15 to 0.2 an octave away from their minimum: the same half octave as above, and the finest that a sweep on
-# a grid of octaves can exclude. SP's transfer over two doublings costs ten times as much.
+# Nats per token: what missing the optimum by half an octave costs (the same half octave as above), since loss
+# curves of these models rise by 0.1 to 0.3 in the octave next to their minimum, roughly as a parabola.
 REGRET_TOLERANCE = 0.04
 
 MUP_RULES = ("mup", "liu_gu", "gdn_mup")

@@ -190,9 +190,9 @@ def _loss_curves(ax: Axes, sweep: Transfer, colours: dict[int, str], ceiling: fl
         mean = losses.mean(axis=0, skipna=False).to_numpy()
         ax.plot(rates, mean, color=colour, zorder=2)
         for _, values in losses.iterrows():
-            ax.plot(rates, values, ".", color=colour, ms=2, alpha=0.5, mew=0, zorder=1)
+            ax.plot(rates, values, ".", color=colour, ms=3, alpha=0.5, mew=0, zorder=1)
         diverged = rates[np.isnan(mean)]
-        place = np.full(len(diverged), 0.985 - 0.045 * level)
+        place = np.full(len(diverged), 0.97 - 0.045 * level)
         ax.plot(diverged, place, "x", color=colour, ms=3.5, mew=1, transform=ax.get_xaxis_transform(), zorder=3)
         if optimum.bracketed:
             _interval_bar(ax, optimum, colour)

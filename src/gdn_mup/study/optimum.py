@@ -11,6 +11,10 @@ noise      Seeds are paired: at one width all learning rates of a seed see the s
 grid       Loss curves are steeper on one side, so the parabola depends on where the grid happens to lie. How
            far the minimum moves when the parabola gives way to a cubic spline sets the size of that error.
 
+On smooth curves the intervals hold what they promise (tests/test_optimum.py). A curve that bends sharply within an
+octave of its minimum needs a grid finer than an octave: at that spacing no estimator sees the bend, and intervals
+are too short.
+
 An optimum at the edge of the grid, or next to a learning rate at which a seed diverged, is not bracketed and
 has no number. Everything downstream (slope, regret) is computed from the same draws. Same data, same numbers:
 the random generator is seeded by what is estimated.

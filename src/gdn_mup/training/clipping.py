@@ -20,9 +20,7 @@ def norm_weights(
     """
     weigh = clipping == "width_invariant_norm"
     return {
-        name: torch.tensor(
-            [s.parameters[name].learning_rate if weigh else 1.0 for s in sgd_scalings], device=device
-        )
+        name: torch.tensor([s.parameters[name].learning_rate if weigh else 1.0 for s in sgd_scalings], device=device)
         for name in names
     }
 

@@ -28,9 +28,7 @@ class TrainingSettings(Settings):
         "global_norm",
         description="`none`; `global_norm`: the raw norm; `width_invariant_norm`: Σ (SGD multiplier)·‖g‖².",
     )
-    clip_norm: float = Field(
-        1.0, gt=0, description="The norm above which a member's gradient is scaled down."
-    )
+    clip_norm: float = Field(1.0, gt=0, description="The norm above which a member's gradient is scaled down.")
     evaluate_every: int = Field(50, gt=0, description="Steps between held-out losses (the last step always).")
     evaluation_batches: int = Field(4, gt=0, description="Fixed held-out batches, the same for every member.")
 

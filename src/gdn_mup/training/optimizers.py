@@ -53,9 +53,7 @@ class MemberOptimizer:
             self._optimizer: torch.optim.Optimizer = torch.optim.AdamW(options, betas=betas, fused=True)
         else:
             nesterov = training.momentum > 0
-            self._optimizer = torch.optim.SGD(
-                options, momentum=training.momentum, nesterov=nesterov, fused=True
-            )
+            self._optimizer = torch.optim.SGD(options, momentum=training.momentum, nesterov=nesterov, fused=True)
         self._peaks = [group["lr"] for group in self._optimizer.param_groups]
 
     def step(self, factor: float) -> None:

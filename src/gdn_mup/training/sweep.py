@@ -108,9 +108,7 @@ class Trainer:
             optimizer, self.model.weights, scalings, [m.learning_rate for m in members], training
         )
         sgd_scalings = [scaled.sgd_scalings[member.rules] for member in members]
-        self._norm_weights = norm_weights(
-            training.clipping, sgd_scalings, list(self.model.weights), self.device
-        )
+        self._norm_weights = norm_weights(training.clipping, sgd_scalings, list(self.model.weights), self.device)
 
     def batch(self, step: int) -> Tensor:
         """Token ids [B, T + 1] of update `step` = 0, 1, …"""

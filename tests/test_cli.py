@@ -1,0 +1,164 @@
+"""The command line by hand: what it teaches, what it writes, and what it says when the input is wrong."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from workflow_copy import ROOT
+
+from gdn_mup.study.datasets import open_dataset, open_job
+
+STUDY = {
+    "corpus": {
+        "maximum_bytes": 300_000,
+        "tokenizer_sample_bytes": 200_000,
+        "vocabulary_size": 300,
+        "validation_fraction": 0.3,
+    },
+    "model": {"base_width": 16, "layers": 1, "heads": 2, "head_dim": 8, "value_head_dim": 8, "mlp_ratio": 2},
+    "training": {"steps": 4, "warmup_steps": 1, "batch_size": 2, "context_length": 16, "evaluation_batches": 1},
+    "coordinate_checks": [
+        {
+            "growth": "heads",
+            "optimizer": "sgd",
+            "rules": ["sp", "gdn_mup"],
+            "widths": [16, 32],
+            "seeds": [0],
+            "learning_rate": 0.1,
+            "steps": [0, 1],
+        }
+    ],
+    "sweeps": [
+        {
+            "growth": "heads",
+            "optimizer": "adamw",
+            "rules": ["sp", "gdn_mup"],
+            "widths": [16, 32],
+            "seeds": [0],
+            "learning_rates": {"log2_first": -8, "log2_last": -6},
+        }
+    ],
+}
+
+
+def gdn_mup(*arguments: object, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own, as a user would."""
+    command = [sys.executable, "-m", "gdn_mup", *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("study") / "tiny.yaml"
+    path.write_text(yaml.safe_dump(STUDY))
+    return path
+
+
+@pytest.fixture(scope="module")
+def made(study: Path) -> dict[str, Path]:
+    """Corpus, jobs and datasets of the tiny study, made by hand."""
+    folder = study.parent
+    paths = {"corpus": folder / "corpus"}
+    assert gdn_mup("corpus", "--study", study, "--output", paths["corpus"]).returncode == 0
+    for kind, command, optimizer in (("lr_sweep", "sweep", "adamw"), ("coordinates", "coordinates", "sgd")):
+        jobs = []
+        for width in (16, 32):
+            jobs.append(folder / f"{kind}{width}.nc")
+            options = ("--growth", "heads", "--optimizer", optimizer, "--width", width, "--seed", 0)
+            done = gdn_mup(command, "--study", study, "--corpus", paths["corpus"], *options, "--output", jobs[-1])
+            assert done.returncode == 0, done.stderr
+        paths[f"{kind} job"] = jobs[-1]
+        paths[kind] = folder / f"{kind}.nc"
+        done = gdn_mup("collect", "--study", study, "--kind", kind, "--output", paths[kind], *jobs)
+        assert done.returncode == 0, done.stderr
+    return paths
+
+
+def test_sweeps_become_a_dataset(made: dict[str, Path]) -> None:
+    dataset = open_dataset(made["lr_sweep"], "lr_sweep")
+    assert dict(dataset.sizes) | {"evaluation_step": 2} == {
+        **{"growth": 1, "optimizer": 1, "rules": 2, "width": 2, "seed": 1, "learning_rate": 3},
+        **{"step": 4, "evaluation_step": 2},
+    }
+    assert np.isfinite(dataset.val_loss).all()
+    base = dataset.val_loss.sel(width=16)
+    np.testing.assert_array_equal(base.sel(rules="sp"), base.sel(rules="gdn_mup"))
+    wide = dataset.val_loss.sel(width=32, evaluation_step=4)
+    assert (wide.sel(rules="sp") != wide.sel(rules="gdn_mup")).all()
+    assert (dataset.tokens == 4 * 2 * 16).all() and (dataset.seconds > 0).all()
+
+
+def test_coordinate_checks_become_a_dataset(made: dict[str, Path]) -> None:
+    dataset = open_dataset(made["coordinates"], "coordinates")
+    assert dataset.rms.sel(layer=0, quantity="state").notnull().all()
+    assert (dataset.update_rms.sel(layer=0, parameter="q", step=1) > 0).all()
+
+
+@pytest.mark.parametrize("kind", ["lr_sweep", "coordinates"])
+def test_job_files_say_where_they_come_from(made: dict[str, Path], kind: str) -> None:
+    job = open_job(made[f"{kind} job"], kind)  # type: ignore[arg-type]
+    for attribute in ("commit", "settings", "settings_hash", "versions", "device", "corpus_sha256", "created"):
+        assert job.attrs[attribute], attribute
+    assert all(variable.attrs["long_name"] and variable.attrs["units"] for variable in job.variables.values())
+
+
+def test_the_same_job_gives_the_same_bits(made: dict[str, Path], study: Path, tmp_path: Path) -> None:
+    options = ("--growth", "heads", "--optimizer", "adamw", "--width", 32, "--seed", 0, "--output", tmp_path / "j.nc")
+    assert gdn_mup("sweep", "--study", study, "--corpus", made["corpus"], *options).returncode == 0
+    first, again = open_job(made["lr_sweep job"], "lr_sweep"), open_job(tmp_path / "j.nc", "lr_sweep")
+    for name in ("train_loss", "val_loss", "grad_norm", "diverged"):
+        np.testing.assert_array_equal(first[name], again[name])
+
+
+def test_nothing_is_left_beside_the_outputs(made: dict[str, Path]) -> None:
+    folder = made["lr_sweep"].parent
+    assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_help_teaches_the_commands_in_order() -> None:
+    text = gdn_mup("--help").stdout
+    for word in ("snakemake --cores all", "gdn-mup plan", "gdn-mup sweep", "gdn-mup rules", "coordinates", "collect"):
+        assert word in text
+    assert gdn_mup("--version").stdout.strip() == "0.1.0"
+
+
+def test_rules_are_shown_next_to_the_papers() -> None:
+    text = gdn_mup("rules", "--growth", "head_dim").stdout
+    assert "W_a, W_b" in text and "Liu" in text and "paper" in text
+
+
+def test_a_plan_lists_jobs(study: Path) -> None:
+    text = gdn_mup("plan", "--study", study).stdout
+    assert text.count("lr_sweep") == 2 and text.count("coordinat") == 2
+
+
+def test_bad_input_is_one_line_and_exit_code_2(made: dict[str, Path], study: Path, tmp_path: Path) -> None:
+    corpus = ("--study", study, "--corpus", made["corpus"], "--growth", "heads", "--optimizer", "adamw")
+    nowhere = ("--study", study, "--corpus", tmp_path, "--growth", "heads", "--optimizer", "adamw")
+    out = ("--output", tmp_path / "out.nc")
+    cases = {
+        ("plan", "--study", tmp_path / "none.yaml"): "none.yaml: no such study file",
+        ("sweep", *corpus, "--width", 24, "--seed", 0, *out): "width=24 seed=0; `gdn-mup plan` lists",
+        ("sweep", *corpus, "--width", 16, "--seed", 9, *out): "seed=9",
+        ("sweep", *nowhere, "--width", 16, "--seed", 0, *out): "train.tokens",
+        ("collect", "--study", study, "--kind", "lr", *out, made["lr_sweep job"]): "--kind: 'lr'",
+        ("collect", "--study", study, "--kind", "lr_sweep", *out, tmp_path / "no.nc"): "no.nc: no such file",
+        ("rules", "--growth", "depth"): "--growth: 'depth'",
+    }
+    for arguments, expected in cases.items():
+        done = gdn_mup(*arguments)
+        assert done.returncode == 2, (arguments, done)
+        assert expected in done.stderr and "Traceback" not in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("error: ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_width_that_does_not_exist_is_caught_before_training(study: Path, tmp_path: Path) -> None:
+    wrong = yaml.safe_load(study.read_text())
+    wrong["sweeps"][0]["widths"] = [16, 20]
+    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(wrong))
+    done = gdn_mup("plan", "--study", tmp_path / "wrong.yaml")
+    assert done.returncode == 2 and "sweeps[0].widths: width 20" in done.stderr

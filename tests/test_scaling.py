@@ -1,0 +1,249 @@
+"""The rule sets: their tables against the printed ones, and that they coincide at the base width."""
+
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gdn_mup.measurement.evaluation import member_losses
+from gdn_mup.model.config import InitialScale, ModelSettings, model_shape
+from gdn_mup.model.language_model import LanguageModel, initialize, parameter_table
+from gdn_mup.scaling.apply import ModelScaling, distinct_rules, scale_model, scale_rule_sets
+from gdn_mup.scaling.growth import Axes, ParameterInfo, Part, growth_between
+from gdn_mup.scaling.rules import RULE_SETS, Scaling
+from gdn_mup.training.config import TrainingSettings
+from gdn_mup.training.optimizers import MemberOptimizer
+
+OPTIMIZERS = ("adamw", "sgd")
+GROWTH_MODES = ("heads", "head_dim")
+VOCABULARY = 16
+
+
+def parameters(growth: str, width: int, tied: bool = False) -> dict[str, ParameterInfo]:
+    """The language model's parameters at a width; the base width is 32."""
+    return parameter_table(model_shape(ModelSettings(tied_embeddings=tied), width, growth, VOCABULARY))
+
+
+def scaled(growth: str, rules: str, optimizer: str, m: int = 4, tied: bool = False) -> ModelScaling:
+    """The multipliers at m times the base width."""
+    return scale_model(parameters(growth, 32, tied), parameters(growth, 32 * m, tied), m, rules, optimizer)
+
+
+# At the base width.
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("rules", RULE_SETS)
+@pytest.mark.parametrize("growth", GROWTH_MODES)
+def test_every_multiplier_is_exactly_one_at_the_base_width(growth, rules, optimizer, tied):
+    scaling = scaled(growth, rules, optimizer, m=1, tied=tied)
+    assert set(scaling.parameters.values()) == {Scaling(1.0, 1.0, 1.0, 1.0)}
+    assert scaling.logits == 1.0
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("growth", GROWTH_MODES)
+def test_rule_sets_train_the_same_model_at_the_base_width_bit_for_bit(growth, optimizer, tied):
+    """Initial parameters, losses and parameters over three steps; and not so at twice that width."""
+
+    def train(m: int) -> list[torch.Tensor]:
+        base, target = (
+            model_shape(ModelSettings(tied_embeddings=tied), width, growth, VOCABULARY) for width in (32, 32 * m)
+        )
+        scalings = scale_rule_sets(parameter_table(base), parameter_table(target), m, list(RULE_SETS), optimizer)
+        members = list(scalings.values())
+        model = LanguageModel(target, len(members))
+        initialize(model, base, InitialScale(), members, seed=3)
+        training = TrainingSettings(weight_decay=0.1)
+        steps = MemberOptimizer(optimizer, model.weights, members, [0.01] * len(members), training)
+        seen = [weight.detach().clone() for weight in model.weights.values()]
+        random = torch.Generator().manual_seed(0)
+        for _ in range(3):
+            model.zero_grad()
+            losses = member_losses(model, torch.randint(VOCABULARY, (2, 9), generator=random))
+            losses.sum().backward()
+            steps.step(1.0)
+            seen += [losses.detach(), *(weight.detach().clone() for weight in model.weights.values())]
+        return seen
+
+    assert all(torch.equal(member, tensor[0]) for tensor in train(1) for member in tensor)
+    last_losses = train(2)[-1 - len(parameters(growth, 32, tied))]
+    assert len(set(last_losses.tolist())) > 1
+
+
+@pytest.mark.parametrize("growth", GROWTH_MODES)
+def test_rule_sets_that_coincide_are_trained_once(growth):
+    def distinct(m: int) -> dict[str, str]:
+        tables = parameters(growth, 32), parameters(growth, 32 * m)
+        return distinct_rules(scale_rule_sets(*tables, m, list(RULE_SETS), "adamw"))
+
+    assert distinct(1) == dict.fromkeys(RULE_SETS, "sp")
+    # Under AdamW the paper's rules and the transformer's differ in nothing but their source.
+    assert distinct(2) == {"sp": "sp", "mup": "mup", "liu_gu": "mup", "gdn_mup": "gdn_mup"}
+
+
+# The printed tables, at m = 4: init std, AdamW learning rate, SGD learning rate.
+
+HALF, QUARTER = Fraction(1, 2), Fraction(1, 4)
+HIDDEN = ("q", "k", "v", "g", "o", "mlp_gate", "mlp_up", "mlp_down")
+GATE_PROJECTIONS = ("alpha_projection", "beta_projection")
+GATE_SCALARS = ("A_log", "dt_bias")
+CONVS = ("q_conv", "k_conv", "v_conv")
+NORMS = ("mixer_norm", "mlp_norm", "o_norm")
+
+MUP = {
+    **dict.fromkeys(HIDDEN + GATE_PROJECTIONS, (HALF, QUARTER, 1)),
+    **dict.fromkeys(GATE_SCALARS + CONVS + NORMS, (1, 1, 1)),
+    "embedding": (1, 1, 4),
+    "readout": (QUARTER, QUARTER, QUARTER),
+}
+LIU_GU = MUP | {
+    **dict.fromkeys(GATE_PROJECTIONS, (HALF, QUARTER, HALF)),
+    **dict.fromkeys(GATE_SCALARS, (1, 1, 2)),
+}
+BOTH, FAN_OUT, FAN_IN, NONE = (HALF, QUARTER, 1), (1, 1, 4), (QUARTER, QUARTER, QUARTER), (1, 1, 1)
+GDN_MUP = {
+    **dict.fromkeys(HIDDEN, BOTH),
+    **dict.fromkeys((*CONVS, "mixer_norm", "mlp_norm", "final_norm", "embedding"), FAN_OUT),
+    "readout": FAN_IN,
+}
+GDN_MUP_HEADS = GDN_MUP | {
+    **dict.fromkeys(GATE_PROJECTIONS, BOTH),
+    **dict.fromkeys(GATE_SCALARS, FAN_OUT),
+    "o_norm": NONE,
+}
+GDN_MUP_HEAD_DIM = GDN_MUP | {
+    **dict.fromkeys(GATE_PROJECTIONS, FAN_IN),
+    **dict.fromkeys(GATE_SCALARS, NONE),
+    "o_norm": FAN_OUT,
+}
+SP = {
+    **dict.fromkeys((*HIDDEN, *GATE_PROJECTIONS, "readout"), (HALF, 1, 1)),
+    **dict.fromkeys((*GATE_SCALARS, *CONVS, *NORMS, "embedding"), (1, 1, 1)),
+}
+
+
+@pytest.mark.parametrize(
+    ("growth", "rules", "printed"),
+    [(growth, "sp", SP) for growth in GROWTH_MODES]
+    + [(growth, "mup", MUP) for growth in GROWTH_MODES]
+    + [(growth, "liu_gu", LIU_GU) for growth in GROWTH_MODES]
+    + [("heads", "gdn_mup", GDN_MUP_HEADS), ("head_dim", "gdn_mup", GDN_MUP_HEAD_DIM)],
+)
+def test_multipliers_are_those_of_the_printed_table(growth, rules, printed):
+    adamw, sgd = (scaled(growth, rules, optimizer).parameters for optimizer in OPTIMIZERS)
+    assert {name.rpartition(".")[2] for name in adamw} <= printed.keys() | {"final_norm"}
+    for name in adamw:
+        row = printed.get(name.rpartition(".")[2], (1, 1, 1))  # final_norm is a norm like the others
+        assert (adamw[name].init_std, adamw[name].learning_rate, sgd[name].learning_rate) == row, name
+        assert sgd[name].init_std == adamw[name].init_std
+
+
+def test_epsilon_and_weight_decay_of_gdn_mup_are_those_of_the_printed_table():
+    adamw, sgd = (scaled("head_dim", "gdn_mup", optimizer).parameters for optimizer in OPTIMIZERS)
+    assert {name: (s.epsilon, s.weight_decay) for name, s in adamw.items() if name in printed_decay} == printed_decay
+    assert all(s.learning_rate * s.weight_decay == 1 for s in [*adamw.values(), *sgd.values()])
+    assert all(s.epsilon == 1 for s in sgd.values())
+
+
+printed_decay = {
+    "0.q": (QUARTER, 4),
+    "embedding": (QUARTER, 1),
+    "0.q_conv": (QUARTER, 1),
+    "0.o_norm": (QUARTER, 1),
+    "readout": (1, 4),
+    "0.beta_projection": (1, 4),
+    "0.dt_bias": (1, 1),
+}
+
+
+@pytest.mark.parametrize("rules", ["sp", "mup", "liu_gu"])
+def test_only_gdn_mup_scales_epsilon_and_weight_decay(rules):
+    scalings = scaled("heads", rules, "adamw").parameters.values()
+    assert {(s.epsilon, s.weight_decay) for s in scalings} == {(1.0, 1.0)}
+
+
+@pytest.mark.parametrize(
+    ("rules", "expected"), [("sp", 1), ("mup", QUARTER), ("liu_gu", QUARTER), ("gdn_mup", QUARTER)]
+)
+def test_a_tied_readout_is_an_output_multiplier_and_the_embedding_keeps_its_row(rules, expected):
+    tied, untied = (scaled("heads", rules, "sgd", tied=tied) for tied in (True, False))
+    assert tied.logits == expected
+    assert untied.logits == 1
+    assert "readout" not in tied.parameters
+    assert tied.parameters["embedding"] == untied.parameters["embedding"]
+
+
+# Growth from shapes.
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    names=st.lists(st.text(min_size=1), min_size=len(parameters("heads", 32)), max_size=60, unique=True),
+    growth=st.sampled_from(GROWTH_MODES),
+    rules=st.sampled_from(sorted(RULE_SETS)),
+    optimizer=st.sampled_from(OPTIMIZERS),
+    m=st.sampled_from([1, 2, 3, 8]),
+)
+def test_renaming_parameters_changes_nothing(names, growth, rules, optimizer, m):
+    base, target = parameters(growth, 32), parameters(growth, 32 * m)
+    renamed = dict(zip(base, names, strict=False))
+
+    def rename(table: dict) -> dict:
+        return {renamed[name]: value for name, value in table.items()}
+
+    plain = scale_model(base, target, m, rules, optimizer)
+    anonymous = scale_model(rename(base), rename(target), m, rules, optimizer)
+    assert anonymous == plain._replace(parameters=rename(plain.parameters))
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(part=st.sampled_from(list(Part)), fan_in=st.integers(1, 64), fan_out=st.integers(1, 64), m=st.integers(2, 9))
+def test_gdn_mup_looks_at_shapes_and_not_at_what_a_parameter_is_for(part, fan_in, fan_out, m):
+    """A parameter of any part falls under the row of the axes that grow."""
+    for axes, grows_in, grows_out in (
+        (Axes.BOTH, m, m),
+        (Axes.FAN_IN, m, 1),
+        (Axes.FAN_OUT, 1, m),
+        (Axes.NONE, 1, 1),
+    ):
+        base = ParameterInfo((fan_out, fan_in), fan_out, fan_in, part)
+        shape = (fan_out * grows_out, fan_in * grows_in)
+        growth = growth_between(base, ParameterInfo(shape, *shape, part), m)
+        assert growth.axes is axes
+        gdn_mup = RULE_SETS["gdn_mup"]
+        assert gdn_mup.row(part, growth) is gdn_mup.rows[axes]
+
+
+@pytest.mark.parametrize("rules", RULE_SETS)
+def test_a_target_narrower_than_the_base_is_the_inverse(rules):
+    wider, narrower = (
+        scale_model(parameters("heads", a), parameters("heads", b), b / a, rules, "adamw").parameters
+        for a, b in ((32, 128), (128, 32))
+    )
+    for name in wider:
+        for up, down in zip(wider[name], narrower[name], strict=True):
+            assert up * down == 1
+
+
+# Errors.
+
+
+def test_models_with_different_parameters_are_refused_by_name():
+    deeper = parameters("heads", 64) | {"2.q": parameters("heads", 64)["1.q"]}
+    with pytest.raises(ValueError, match=r"differ in their parameters: 2\.q"):
+        scale_model(parameters("heads", 32), deeper, 2, "gdn_mup", "adamw")
+
+
+def test_a_tied_and_an_untied_model_cannot_be_compared():
+    with pytest.raises(ValueError, match="readout"):
+        scale_model(parameters("heads", 32), parameters("heads", 64, tied=True), 2, "gdn_mup", "adamw")
+
+
+def test_an_unknown_rule_set_is_an_error():
+    with pytest.raises(KeyError, match="ntk"):
+        scaled("heads", "ntk", "adamw")
