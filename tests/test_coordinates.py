@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from test_training import make_trainer
 
 from gdn_mup.corpus.tokens import TokenFile
 from gdn_mup.measurement.coordinates import activations, coordinate_check
 from gdn_mup.model.language_model import parameter_table
 from gdn_mup.training.sweep import Member
-from test_training import make_trainer
 
 MEMBERS = [Member("sp", 0.02), Member("gdn_mup", 0.02)]
 STEPS = (0, 1, 3)
@@ -36,8 +36,9 @@ def test_every_activation_and_parameter_class_is_measured(checked) -> None:
 
 
 def make_shape():
-    from gdn_mup.model.config import model_shape
     from test_training import MODEL
+
+    from gdn_mup.model.config import model_shape
 
     return model_shape(MODEL, 32, "heads", 320)
 

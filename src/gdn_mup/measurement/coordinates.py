@@ -62,7 +62,7 @@ def coordinate_check(
     places = list(at_init)
     parameters = {name: parameter_place(name) for name in model.weights}
     layers = sorted({place.layer for place in places})
-    dimensions = {
+    dimensions: dict[str, list[Any]] = {
         "rules": [member.rules for member in members],
         "step": list(steps),
         "layer": layers,

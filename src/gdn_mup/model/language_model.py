@@ -91,6 +91,7 @@ class LanguageModel(nn.Module):
             parameter = nn.Parameter(torch.zeros(members, *info.shape, dtype=dtype))
             self.weights[name] = parameter
             self.register_parameter(name.replace(".", "_"), parameter)
+        self.logits_multiplier: Tensor
         self.register_buffer("logits_multiplier", torch.ones(members, dtype=dtype))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LanguageModel":
@@ -170,7 +171,7 @@ class LanguageModel(nn.Module):
             v_head.reshape(-1, length, value_dim),
             folded_gate(log_alpha),
             folded_gate(writing),
-            output_final_state=True,
+            output_final_state=record is not None,
         )
         o = o.view(self.members, batch, heads, length, value_dim).transpose(2, 3)  # [M, B, T, H, V]
         normed = rms_norm(o, block["o_norm"], self.norm_epsilon) * F.silu(
@@ -178,7 +179,7 @@ class LanguageModel(nn.Module):
         )
         output = linear(normed.reshape(self.members, batch * length, values), block["o"])
 
-        if record is None:
+        if record is None or state is None:
             return output
         q_projected, k_projected, v_projected = qkv.split((keys, keys, values), dim=-1)
         for quantity, activation in {
@@ -240,7 +241,7 @@ def short_conv(x: Tensor, taps: Tensor) -> Tensor:
 
     The last tap multiplies the current token, the first the oldest, as in fla.
     """
-    return _ShortConv.apply(x, taps)  # type: ignore[no-any-return]
+    return _ShortConv.apply(x, taps)
 
 
 class _ShortConv(torch.autograd.Function):
