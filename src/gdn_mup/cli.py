@@ -137,17 +137,20 @@ def sweep(
     job = Job("lr_sweep", growth, optimizer, width, seed)  # type: ignore[arg-type]
     experiment = loaded.experiment_of(job)
     assert isinstance(experiment, Sweep)
-    from gdn_mup.training.sweep import distinct_members, train
+    from gdn_mup.training.sweep import distinct_members, group_members, train
 
     settings = loaded.settings_of(job)
     scaled, tokens, validation, device = _prepare(loaded.model, experiment.rules, job, corpus, threads)
     rates = experiment.learning_rates.values
     members, stands_for = distinct_members(scaled, rates)
     training = loaded.training_of(experiment)
-    trainer = _trainer(members, scaled, loaded.model, training, job, tokens, device)
+    groups = [
+        _trainer(group, scaled, loaded.model, training, job, tokens, device)
+        for group in group_members(members, width, training.batch_size * training.context_length)
+    ]
     with progress(_title(job), training.steps) as report:
         curves = train(
-            trainer,
+            groups,
             validation,
             checkpoint=checkpoint or output.with_name(f".{output.name}.checkpoint"),
             settings_hash=settings_hash(settings),

@@ -10,8 +10,8 @@ from gdn_mup.model.language_model import LanguageModel
 def member_losses(model: LanguageModel, batch: Tensor) -> Tensor:
     """Mean cross-entropy [M] in nats per token of token ids [B, T + 1]: each predicts the next."""
     logits = model(batch[:, :-1])
-    targets = batch[:, 1:].flatten()
-    return torch.stack([F.cross_entropy(member.flatten(0, 1), targets) for member in logits])
+    targets = batch[:, 1:].flatten().repeat(model.members)
+    return F.cross_entropy(logits.flatten(0, 2), targets, reduction="none").view(model.members, -1).mean(1)
 
 
 @torch.no_grad()

@@ -141,10 +141,11 @@ class LanguageModel(nn.Module):
         keys, values = heads * key_dim, heads * value_dim
         x = rms_norm(x, block["mixer_norm"], self.norm_epsilon)
 
-        # Everything that reads x is one matrix product: [M, B·T, 2·keys + 2·values + 2·heads].
-        names = ("q", "k", "v", "g", "alpha_projection", "beta_projection")
-        projected = linear(x, torch.cat([block[name] for name in names], dim=1))
-        qkv, gate, alpha, beta = projected.split((2 * keys + values, values, heads, heads), dim=-1)
+        # q, k and v share one matrix product, and so do the two gates: [M, B·T, 2·keys + values], [M, B·T, 2·heads].
+        qkv = linear(x, torch.cat([block["q"], block["k"], block["v"]], dim=1))
+        gates = linear(x, torch.cat([block["alpha_projection"], block["beta_projection"]], dim=1))
+        alpha, beta = gates.chunk(2, dim=-1)
+        output_gate = linear(x, block["g"])
         taps = torch.cat([block["q_conv"], block["k_conv"], block["v_conv"]], dim=1)
         convolved = F.silu(short_conv(qkv.unflatten(1, (batch, length)), taps))  # [M, B, T, channels]
 
@@ -175,7 +176,7 @@ class LanguageModel(nn.Module):
         )
         o = o.view(self.members, batch, heads, length, value_dim).transpose(2, 3)  # [M, B, T, H, V]
         normed = rms_norm(o, block["o_norm"], self.norm_epsilon) * F.silu(
-            gate.unflatten(1, (batch, length)).unflatten(-1, (heads, value_dim))
+            output_gate.unflatten(1, (batch, length)).unflatten(-1, (heads, value_dim))
         )
         output = linear(normed.reshape(self.members, batch * length, values), block["o"])
 
@@ -207,8 +208,7 @@ class LanguageModel(nn.Module):
     def _mlp(self, block: dict[str, nn.Parameter], x: Tensor, record: RecordAtLayer | None) -> Tensor:
         """The gated MLP, W_down (SiLU(W_gate x) ⊙ W_up x): [M, B·T, d] -> same."""
         x = rms_norm(x, block["mlp_norm"], self.norm_epsilon)
-        gate, up = linear(x, torch.cat([block["mlp_gate"], block["mlp_up"]], dim=1)).chunk(2, dim=-1)
-        hidden = F.silu(gate) * up
+        hidden = F.silu(linear(x, block["mlp_gate"])) * linear(x, block["mlp_up"])
         output = linear(hidden, block["mlp_down"])
         if record:
             record("mlp_hidden", hidden)
@@ -228,12 +228,33 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 def rms_norm(x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
     """x / √(mean(x²) + ε) over the last axis, times each member's gain [M, size]; x is [M, ..., size]."""
     gain = gain.view(gain.shape[0], *[1] * (x.dim() - 2), gain.shape[1])
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon) * gain
+    return _Normalize.apply(x, x.shape[-1], epsilon) * gain
 
 
 def l2_norm(x: Tensor, epsilon: float = 1e-6) -> Tensor:
     """x / √(Σ x² + ε) over the last axis, as fla normalises q and k."""
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + epsilon)
+    return _Normalize.apply(x, 1, epsilon)
+
+
+class _Normalize(torch.autograd.Function):
+    """y = r x with r = (Σ x² / count + ε)^−½ over the last axis.
+
+    Written out because its gradient, r (∂y − y ⟨y, ∂y⟩ / count), takes half of the passes that autograd takes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, count: int, epsilon: float) -> Tensor:
+        factor = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / count + epsilon).rsqrt()
+        y = x * factor
+        ctx.count = count
+        ctx.save_for_backward(y, factor)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        y, factor = ctx.saved_tensors
+        along = (grad * y).sum(-1, keepdim=True) / ctx.count
+        return torch.addcmul(grad, y, along, value=-1).mul_(factor), None, None
 
 
 def short_conv(x: Tensor, taps: Tensor) -> Tensor:
