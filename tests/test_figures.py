@@ -63,6 +63,7 @@ def test_no_text_is_too_small_or_cut_off(drawings: dict[str, figures.Drawing]) -
         for text in heading:
             box = text.get_window_extent()
             assert box.x0 >= -1 and box.x1 <= width + 1, f"{name}: {text.get_text()!r} is cut off"
+            assert box.y0 >= -1 and box.y1 <= drawing.figure.bbox.height + 1, f"{name}: {text.get_text()!r} is cut off"
 
 
 def test_legend_lies_below_the_axis_labels(drawings: dict[str, figures.Drawing]) -> None:
@@ -125,7 +126,7 @@ def test_figures_facet_over_growth_modes(lr_sweep: xr.Dataset, coordinates: xr.D
     assert len(figures.lr_transfer(both(lr_sweep), "adamw").figure.axes) == 2 * 2
     assert len(figures.optimum_vs_width(both(lr_sweep)).figure.axes) == 2 * 2
     assert len(figures.training_curves(both(lr_sweep.sel(optimizer=["adamw"]))).figure.axes) == 2 * 2
-    assert len(figures.coordinate_check(both(coordinates), ["state"]).figure.axes) == 2 * 2
+    assert len(figures.coordinate_check(both(coordinates), ["state", "logits"]).figure.axes) == 2 * 2
 
 
 @pytest.mark.parametrize(
@@ -151,7 +152,77 @@ def test_small_studies_are_drawn(lr_sweep: xr.Dataset, selection: dict[str, Any]
 
 
 def test_coordinate_check_of_one_width_has_no_exponent(coordinates: xr.Dataset) -> None:
-    assert figures.coordinate_check(coordinates.sel(width=[32])).table.exponent.isna().all()
+    drawing = figures.coordinate_check(coordinates.sel(width=[32]))
+    assert drawing.table.exponent.isna().all()
+    assert "One width only" in title_of(drawing)
+
+
+def test_coordinate_check_of_init_only_is_refused(coordinates: xr.Dataset) -> None:
+    with pytest.raises(UserError, match="no step after 0"):
+        figures.coordinate_check(coordinates.sel(step=[0]))
+
+
+def with_exponents(coordinates: xr.Dataset, more: dict[str, float]) -> xr.Dataset:
+    """The coordinates with changes that grow by width^more besides, per rule set."""
+    power = xr.DataArray([more.get(name, 0.0) for name in coordinates.rules.to_numpy()], dims="rules")
+    ratio = coordinates.width / coordinates.attrs["base_width"]
+    return coordinates.assign(change=coordinates.change * ratio**power)
+
+
+def test_coordinate_title_names_what_grows_and_falls(coordinates: xr.Dataset) -> None:
+    title = title_of(figures.coordinate_check(coordinates))
+    assert ": SP (AdamW). None grows: μP (transformer), Liu & Gu, gdn-mup (AdamW)." in title
+    assert "fall" not in title
+    title = title_of(figures.coordinate_check(with_exponents(coordinates, {"sp": -0.5, "liu_gu": -1.0})))
+    assert title.startswith("No change grows with width") and "Liu & Gu, AdamW" in title.split("Steepest fall")[1]
+
+
+def test_smaller_state_is_expected_of_larger_heads(coordinates: xr.Dataset) -> None:
+    """With keys of length one: the exponent −½ is flat there, and no exponent is growth."""
+    halved = with_exponents(coordinates, {name: -0.5 for name in EXPONENTS})
+    heads = title_of(figures.coordinate_check(halved, ["state"]))
+    larger = title_of(figures.coordinate_check(halved.assign_coords(growth=["head_dim"]), ["state"]))
+    assert "Steepest fall" in heads and "No change grows" in heads
+    assert "Steepest fall" not in larger and "grow with width" in larger and ": SP (AdamW)" in larger
+
+
+@pytest.mark.parametrize("more", [0.0, 1.5, -1.5, 6.0])
+@pytest.mark.parametrize("octaves", [0.0, 1.5], ids=["equal seeds", "unequal seeds"])
+def test_exponents_of_the_coordinate_check_touch_no_data(coordinates: xr.Dataset, more: float, octaves: float) -> None:
+    dataset = with_exponents(coordinates, dict.fromkeys(EXPONENTS, more))
+    dataset = dataset.assign(change=dataset.change * 2 ** (octaves * (dataset.seed - 1)))
+    arrows = 0
+    for ax in figures.coordinate_check(dataset).figure.axes:
+        labels = [text for text in ax.texts if text.get_text()[:1] in {"+", "−", "0"}]
+        assert len(labels) == len(EXPONENTS)
+        boxes = [text.get_window_extent() for text in labels]
+        assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[i + 1 :])
+        points = [xy for line in ax.lines for xy in ax.transData.transform(line.get_xydata())]
+        points += [xy for bars in ax.collections for bar in bars.get_segments() for xy in ax.transData.transform(bar)]
+        assert not any(box.contains(*xy) for box in boxes for xy in points)
+        arrows += sum(text.get_text().startswith("to ") for text in ax.texts)
+    assert (arrows > 0) == (more == 6.0)
+
+
+def test_equal_rule_sets_lie_side_by_side(coordinates: xr.Dataset) -> None:
+    same = coordinates.sel(rules=["gdn_mup", "gdn_mup"]).assign_coords(rules=["mup", "gdn_mup"])
+    for ax in figures.coordinate_check(same).figure.axes:
+        drawn = {line.get_marker(): line.get_xydata() for line in ax.lines if line.get_marker() != "None"}
+        mup, gdn_mup = (drawn[figures.RULE_MARKERS[name]] for name in ("mup", "gdn_mup"))
+        assert mup[:, 1] == pytest.approx(gdn_mup[:, 1])
+        assert (gdn_mup[:, 0] - mup[:, 0] > 0.1).all()
+
+
+def test_free_panels_of_training_curves_hold_the_legend(lr_sweep: xr.Dataset) -> None:
+    missing = {"optimizer": "adamw", "rules": ["mup", "liu_gu"]}
+    partial = lr_sweep.copy(deep=True)
+    for name in ("train_loss", "val_loss", "diverged"):
+        partial[name].loc[missing] = np.nan
+    figure = figures.training_curves(partial).figure
+    legends = [ax.get_legend() for ax in figure.axes if ax.get_legend()]
+    assert len(legends) == 1 and not figure.legends
+    assert [ax.axison for ax in figure.axes].count(False) == 1
+    assert len(figure.axes) == 2 + 4 + 1
 
 
 def test_absent_sweep_is_named(lr_sweep: xr.Dataset) -> None:

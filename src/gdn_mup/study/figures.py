@@ -61,15 +61,20 @@ _COLOURBLIND = sns.color_palette("colorblind")
 RULE_COLOURS = dict(zip(RULE_TITLES, (_COLOURBLIND[i] for i in (3, 0, 1, 2)), strict=True))
 RULE_MARKERS = dict(zip(RULE_TITLES, "osD^", strict=True))
 
-# What the coordinate check draws; the table that goes with it has every quantity.
-COORDINATES = ("alpha_preactivation", "state", "o", "residual", "logits")
+# What the coordinate check draws, along the path of a token; the table that goes with it has every quantity.
+COORDINATES = ("alpha_preactivation", "state", "mixer_output", "residual", "logits")
 COORDINATE_TITLES = {
-    "alpha_preactivation": "gate α pre-activation",
+    "alpha_preactivation": "gate pre-activation",
     "state": "state S",
-    "o": "mixer output o",
+    "mixer_output": "mixer output",
     "residual": "residual stream",
     "logits": "logits",
 }
+# Width exponents of sizes that should not be width-independent. An entry of a key or query of length one is
+# d_k^-1/2, and an entry of S, a sum of k vᵀ, is that times an entry of v: Sᵀ q then keeps its size.
+EXPECTED_EXPONENTS = {("head_dim", quantity): -0.5 for quantity in ("q", "k", "state")}
+FLAT = 0.25  # a fitted width exponent within this of the expected one is not called growth or decay
+MOST_OCTAVES = 4.0  # the coordinate check cuts lines off here: one that explodes does not flatten the others
 OUTSIDE_BLOCKS = -1
 
 
@@ -397,15 +402,17 @@ def training_curves(dataset: xr.Dataset) -> Drawing:
     """Training loss against step at the learning rate of the grid nearest the base width's optimum.
 
     A panel per rule set, a row per (growth, optimizer); lines are means over seeds, bands span them, dots are
-    held-out losses. Rule sets whose base optimum is not bracketed use the best of the grid there.
+    held-out losses. Training losses, each of one batch, are running means over 4 % of the steps; the table has
+    them as they are. Rule sets whose base optimum is not bracketed use the best of the grid there.
     """
     sweeps = transfers(dataset)
     rows, rules = _distinct((s.growth, s.optimizer) for s in sweeps), _distinct(s.rules for s in sweeps)
     colours = width_colours(width for s in sweeps for width in s.widths)
     figure, axes = plt.subplots(
-        len(rows), len(rules), figsize=(FULL_WIDTH, 0.75 + 1.6 * len(rows)), sharex="row", sharey="row", squeeze=False
+        len(rows), len(rules), figsize=(FULL_WIDTH, 0.75 + 1.65 * len(rows)), sharex="row", sharey="row", squeeze=False
     )
-    letters, frames, wider_is_better = _letters(), [], {}
+    window = max(1, dataset.sizes["step"] // 25)
+    letters, frames, wider_is_better, free, crosses = _letters(), [], {}, [], False
     for i, (growth, optimizer) in enumerate(rows):
         ceiling, floor = -np.inf, np.inf
         for j, name in enumerate(rules):
@@ -413,19 +420,21 @@ def training_curves(dataset: xr.Dataset) -> Drawing:
             sweep = next((s for s in sweeps if (s.growth, s.optimizer, s.rules) == (growth, optimizer, name)), None)
             rate = _transferred_rate(sweep) if sweep else None
             if sweep is None or rate is None:
-                ax.set_axis_off()
+                free.append(ax.get_subplotspec())
+                ax.remove()
                 continue
             final = []
             for width in sweep.widths:
                 frame = _training_frame(dataset, sweep, width, rate)
                 frames.append(frame)
-                train = frame[frame.split == "train"].groupby("step").loss
+                train = _running_means(frame[frame.split == "train"], window)
                 if train.size().sum():
                     mean = train.mean()
                     ax.plot(mean.index, mean, color=colours[width], lw=1)
                     ax.fill_between(mean.index, train.min(), train.max(), color=colours[width], alpha=0.2, lw=0)
                     ceiling, floor = max(ceiling, mean.iloc[0]), min(floor, train.min().min())
                     if mean.index[-1] < int(dataset.step[-1]) and _diverges(sweep, width, rate):
+                        crosses = True
                         ax.plot(mean.index[-1], mean.iloc[-1], "x", color=colours[width], mew=1.2, ms=5, zorder=4)
                 held_out = frame[frame.split == "validation"].groupby("step").loss.mean()
                 ax.plot(held_out.index, held_out, "o", color=colours[width], mec="white", mew=0.4, ms=3.5)
@@ -433,7 +442,7 @@ def training_curves(dataset: xr.Dataset) -> Drawing:
                 final.append(losses[rate].mean(skipna=False) if rate in losses else np.nan)
             if len(final) > 1:
                 wider_is_better[optimizer, name, growth] = bool(np.all(np.diff(final) < 0))
-            _panel_title(ax, next(letters), f"{RULE_TITLES[name]}, {_power_text(rate)}")
+            _panel_title(ax, next(letters), f"{RULE_TITLES[name]}\nη = {_power_text(rate)}")
         if np.isfinite(ceiling):
             axes[i, 0].set_ylim(floor - 0.04 * (ceiling - floor), ceiling + 0.05 * (ceiling - floor))
         label = OPTIMIZER_TITLES[optimizer]
@@ -445,10 +454,23 @@ def training_curves(dataset: xr.Dataset) -> Drawing:
     handles += [
         Line2D([], [], color="0.3", label="training (band: seeds)"),
         Line2D([], [], color="0.3", marker="o", ls="none", mec="white", mew=0.4, label="held out"),
-        Line2D([], [], color="0.3", marker="x", ls="none", mew=1.2, ms=5, label="a seed diverged"),
     ]
-    _legend(figure, handles, "width")
+    if crosses:
+        handles.append(Line2D([], [], color="0.3", marker="x", ls="none", mew=1.2, ms=5, label="a seed diverged"))
+    if free:
+        ax = figure.add_subplot(free[0])
+        ax.set_axis_off()
+        ax.legend(handles=handles, title="width", loc="center left", alignment="left", title_fontsize=7)
+    else:
+        _legend(figure, handles, "width")
     return Drawing(figure, pd.concat(frames, ignore_index=True))
+
+
+def _running_means(train: pd.DataFrame, window: int) -> Any:
+    """A seed's losses as means over the steps around each (fewer at the ends), grouped by step."""
+    wide = train.pivot(index="step", columns="seed", values="loss")
+    smooth = wide.rolling(window, center=True, min_periods=1).mean().where(wide.notna())
+    return smooth.melt(value_name="loss", ignore_index=False).dropna().groupby("step").loss
 
 
 def _wider_finding(better: dict[tuple[str, str, str], bool]) -> str:
@@ -540,84 +562,173 @@ def coordinate_table(dataset: xr.Dataset) -> pd.DataFrame:
 
 @_styled
 def coordinate_check(dataset: xr.Dataset, quantities: Sequence[str] = COORDINATES) -> Drawing:
-    """Size of activations against width, relative to the base width: a column per quantity, a row per rule set.
+    """RMS of an activation's change since init against width, after the last update, over that at the base width.
 
-    Solid lines are the RMS, dashed lines that of the change since init, in the last block; a colour per step.
-    Thin bars span the seeds. A flat line does not depend on width. Numbers are width exponents at the last step.
-    The table has every quantity, layer and step. Raises UserError if the dataset holds no coordinate check.
+    A column per quantity (in the last block, or outside the blocks), a row per (growth, optimizer) with its own
+    vertical axis, a line per rule set, shifted sideways so that equal ones are seen. Bars span the seeds, numbers
+    are fitted width exponents, the grey line is the dependence on width that a quantity should have. The table
+    has every quantity, measure, layer and step. Raises UserError if the dataset holds no change to draw.
     """
     table = coordinate_table(dataset)
-    last_block = table.layer.max()
-    shown = table[table.layer.isin((last_block, OUTSIDE_BLOCKS))]
-    quantities = [name for name in quantities if name in set(shown.quantity)]
-    rows = _distinct(zip(table.growth, table.optimizer, table.rules, strict=True))
-    steps = _few(sorted(table.step.unique()))
-    colours = dict(zip(steps, (to_hex(c) for c in sns.color_palette("flare", len(steps))), strict=True))
+    shown = _last_changes(table, quantities)
+    rows = _distinct(zip(shown.growth, shown.optimizer, strict=True))
+    columns = [name for name in quantities if name in set(shown.quantity)]
+    rules = [name for name in RULE_TITLES if name in set(shown.rules)]
     figure, axes = plt.subplots(
         len(rows),
-        len(quantities),
-        figsize=(FULL_WIDTH, 0.95 + 1.2 * len(rows)),
+        len(columns),
+        figsize=(FULL_WIDTH, 1.25 + 1.38 * len(rows)),
         sharex=True,
-        sharey=True,
+        sharey="row",
         squeeze=False,
     )
-    experiments = _distinct((growth, optimizer) for growth, optimizer, _ in rows)
-    worst: dict[str, float] = {}
-    for i, (growth, optimizer, rules) in enumerate(rows):
-        here = shown[(shown.growth == growth) & (shown.optimizer == optimizer) & (shown.rules == rules)]
-        for j, quantity in enumerate(quantities):
+    letters = _letters()
+    for i, (growth, optimizer) in enumerate(rows):
+        here = shown[(shown.growth == growth) & (shown.optimizer == optimizer)]
+        lines = here.rules.nunique() if len(here.width.unique()) > 1 else 0
+        floor, ceiling = _octave_range(here, int(here.width.min()), 0.11 * lines)
+        axes[i, 0].set_ylim(floor, ceiling)
+        for j, quantity in enumerate(columns):
             ax = axes[i, j]
-            panel = here[(here.quantity == quantity) & here.step.isin(steps)]
-            ax.axhline(0, color="0.8", lw=0.6, zorder=0)
-            for (measure, step), line in panel.groupby(["measure", "step"]):
-                line = line.sort_values("width")
-                ax.plot(
-                    np.log2(line.width),
-                    np.log2(line.relative),
-                    color=colours[step],
-                    ls="-" if measure == "rms" else (0, (3, 1.5)),
-                    marker="o" if measure == "rms" else "D",
-                    ms=2.5,
-                    lw=1,
-                )
-                ax.vlines(
-                    np.log2(line.width),
-                    np.log2(line.relative * line.low / line["size"]),
-                    np.log2(line.relative * line.high / line["size"]),
-                    color=colours[step],
-                    lw=0.6,
-                )
-            exponents = panel[panel.step == steps[-1]].groupby("measure").exponent.first()
-            text = "\n".join(
-                f"{name} {signed(exponents[measure])}"
-                for measure, name in (("rms", "RMS"), ("change", "change"))
-                if measure in exponents and np.isfinite(exponents[measure])
-            )
-            ax.text(0.04, 0.97, text, transform=ax.transAxes, va="top", fontsize=7, linespacing=1.15)
-            if "change" in exponents and np.isfinite(exponents["change"]):
-                worst[rules] = max(worst.get(rules, 0), abs(exponents["change"]))
-            if i == 0:
-                ax.set_title(COORDINATE_TITLES.get(quantity, quantity))
-            if i == len(rows) - 1:
-                ax.set_xlabel("width")
-        title = RULE_TITLES[rules]
-        if len(experiments) > 1:
-            title = f"{title}\n{OPTIMIZER_TITLES[optimizer]}, {GROWTH_TITLES[growth]}"
-        axes[i, 0].set_ylabel(title)
-    _power_axis(axes[0, 0].yaxis)
-    low, high = axes[0, 0].get_ylim()
-    axes[0, 0].set_ylim(min(low, -1.2), max(high, 1.2) + 0.45 * (max(high, 1.2) - min(low, -1.2)))
-    _width_axis(axes[0, 0], sorted(table.width.unique()))
-    figure.supylabel("size relative to the base width", fontsize=8)
-    found = ", ".join(f"{RULE_TITLES[name]} {value:.2f}" for name, value in worst.items())
-    _title(figure, f"Largest width exponent (absolute) of a change after {steps[-1]} steps: {found}")
-    handles = [Line2D([], [], color=colours[step], label=f"{step}") for step in steps]
-    handles += [
-        Line2D([], [], color="0.3", marker="o", ms=2.5, lw=1, label="RMS"),
-        Line2D([], [], color="0.3", marker="D", ms=2.5, lw=1, ls=(0, (3, 1.5)), label="RMS of change since init"),
+            panel = here[here.quantity == quantity]
+            _coordinate_lines(ax, panel, rules, EXPECTED_EXPONENTS.get((growth, quantity), 0.0))
+            _panel_title(ax, next(letters), COORDINATE_TITLES.get(quantity, quantity) if i == 0 else "")
+        _power_axis(axes[i, 0].yaxis)
+        axes[i, 0].set_ylabel(f"{OPTIMIZER_TITLES[optimizer]}\n{GROWTH_TITLES[growth]}")
+    widths = sorted(shown.width.unique())
+    _width_axis(axes[0, 0], widths)
+    axes[0, 0].set_xlim(np.log2(widths[0]) - 0.4, np.log2(widths[-1]) + 0.4)
+    for ax in axes[-1]:
+        ax.set_xlabel("width")
+    updates = shown.step.unique()
+    when = f"after {updates[0]} updates" if len(updates) == 1 else "at the last step"
+    label = f"RMS of the change {when}, relative to base width"
+    figure.supylabel(textwrap.fill(label, int(13.5 * figure.get_figheight())), fontsize=8)
+    _title(figure, _growth_finding(shown))
+    handles = [
+        Line2D([], [], color=RULE_COLOURS[name], marker=RULE_MARKERS[name], mec="white", mew=0.4, ms=4.5, lw=1)
+        for name in rules
     ]
-    _legend(figure, handles, "updates")
+    for handle, name in zip(handles, rules, strict=True):
+        handle.set_label(RULE_TITLES[name])
+    handles.append(Line2D([], [], color="0.6", lw=0.8, label="width-independent training"))
+    _legend(figure, handles)
     return Drawing(figure, table)
+
+
+def _last_changes(table: pd.DataFrame, quantities: Sequence[str]) -> pd.DataFrame:
+    """The rows of the table that the figure draws: these quantities, in the last block, at the last step."""
+    keep = (table.measure == "change") & table.layer.isin((table.layer.max(), OUTSIDE_BLOCKS))
+    shown = table[keep & table.quantity.isin(quantities) & table.relative.notna()]
+    shown = shown[shown.step == shown.groupby(["growth", "optimizer"]).step.transform("max")]
+    if shown.empty:
+        raise UserError("the coordinate checks have no step after 0 at the base width; add one to their `steps`")
+    return shown
+
+
+def _octave_range(shown: pd.DataFrame, first_width: int, text: float) -> tuple[float, float]:
+    """Limits of a row in log₂ units: the data and an octave either side of 1, but cut off where lines explode.
+
+    Lines start at 1 and fan out, so the larger side has a free corner at the left; it is made tall enough for
+    text of that share of the panel's height, clear of the bars at the first width.
+    """
+    low = np.log2(shown.relative * shown.low / shown["size"])
+    high = np.log2(shown.relative * shown.high / shown["size"])
+    below = min(max(-low.min(), 0.8), MOST_OCTAVES)
+    above = min(max(high.max(), 0.8), MOST_OCTAVES)
+    margin = 0.06 * (below + above)
+    below, above = below + margin, above + margin
+    first = shown.width == first_width
+    if above >= below:
+        above = max(above, (text * below + high[first].max() + margin) / (1 - text))
+    else:
+        below = max(below, (text * above - low[first].min() + margin) / (1 - text))
+    return -below, above
+
+
+def _coordinate_lines(ax: Axes, panel: pd.DataFrame, rules: Sequence[str], expected: float) -> None:
+    """One panel: a line and an exponent per rule set."""
+    ends = np.log2([panel.width.min(), panel.width.max()])
+    ax.plot(ends, expected * (ends - ends[0]), color="0.6", lw=0.8, zorder=0)
+    floor, ceiling = ax.get_ylim()
+    exponents = []
+    for k, name in enumerate(rules):
+        line = panel[panel.rules == name].sort_values("width")
+        if line.empty:
+            continue
+        colour = RULE_COLOURS[name]
+        x = np.log2(line.width.to_numpy(float)) + 0.14 * (k - (len(rules) - 1) / 2)
+        y = np.log2(line.relative.to_numpy())
+        size = line["size"].to_numpy()
+        # Later lines are thinner: where two coincide the first shows on both sides of the second.
+        ax.plot(x, y, color=colour, lw=1.7 - 0.3 * k, zorder=2)
+        ax.vlines(x, y + np.log2(line.low / size), y + np.log2(line.high / size), color=colour, lw=0.9, zorder=3)
+        ax.plot(x, y, RULE_MARKERS[name], color=colour, mec="white", mew=0.4, ms=4.5, zorder=4)
+        beyond = np.flatnonzero((y > ceiling) | (y < floor))
+        if len(beyond) and beyond[0] > 0:
+            _leaving(ax, x, y, int(beyond[0]), ceiling if y[beyond[0]] > ceiling else floor, colour)
+        if np.isfinite(exponent := line.exponent.iloc[0]):
+            exponents.append((colour, signed(exponent)))
+    rising = ceiling >= -floor
+    for k, (colour, text) in enumerate(exponents):
+        lines_from_edge = k if rising else k - len(exponents) + 1
+        ax.annotate(
+            text,
+            (0, 1 if rising else 0),
+            (2, (-1 if rising else 1) - 8 * lines_from_edge),
+            "axes fraction",
+            "offset points",
+            color=colour,
+            fontsize=7,
+            va="top" if rising else "bottom",
+        )
+
+
+def _leaving(ax: Axes, x: np.ndarray, y: np.ndarray, beyond: int, edge: float, colour: Any) -> None:
+    """An arrow where a line leaves the panel on its way to its point number `beyond`, and how far it goes."""
+    inside = beyond - 1
+    at = x[inside] + (x[beyond] - x[inside]) * (edge - y[inside]) / (y[beyond] - y[inside])
+    head = {"arrowstyle": "-|>,head_length=0.6,head_width=0.35", "mutation_scale": 9, "shrinkA": 0, "shrinkB": 0}
+    ax.annotate(
+        "", (at, edge), (x[inside], y[inside]), arrowprops=head | {"color": colour, "lw": 0}, annotation_clip=False
+    )
+    farthest = y[beyond:][np.abs(y[beyond:]).argmax()]
+    ax.annotate(
+        f"to $2^{{{farthest:.0f}}}$",
+        (at, edge),
+        (-6, 0),
+        textcoords="offset points",
+        color=colour,
+        fontsize=7,
+        ha="right",
+        va="top" if edge > 0 else "bottom",
+    )
+
+
+def _growth_finding(shown: pd.DataFrame) -> str:
+    """Under which rule sets a change grows with width, by more than expected, and the steepest growth and fall."""
+    fitted = shown.dropna(subset="exponent").drop_duplicates(["growth", "optimizer", "rules", "quantity"])
+    if fitted.empty:
+        return "One width only: no dependence on width to see"
+    expected = [EXPECTED_EXPONENTS.get(key, 0.0) for key in zip(fitted.growth, fitted.quantity, strict=True)]
+    fitted = fitted.assign(excess=fitted.exponent - expected)
+    most = fitted.groupby(["optimizer", "rules"], sort=False).excess.max()
+    growing = _named(pair for pair, excess in most.items() if excess > FLAT)
+    others = _named(pair for pair, excess in most.items() if excess <= FLAT)
+    lines = []
+    if growing:
+        steepest = f"width$^{{{fitted.exponent[fitted.excess.idxmax()]:+.2f}}}$"
+        lines.append(f"Changes grow with width (exponent above {FLAT}), up to {steepest}: {growing}.")
+        lines += [f"None grows: {others}."] if others else []
+    else:
+        lines.append(f"No change grows with width (exponent above {FLAT}): {others}.")
+    if fitted.excess.min() < -FLAT:
+        least = fitted.loc[fitted.excess.idxmin()]
+        place = [COORDINATE_TITLES.get(least.quantity, least.quantity), RULE_TITLES[least.rules]]
+        place += [OPTIMIZER_TITLES[least.optimizer]]
+        place += [GROWTH_TITLES[least.growth]] if fitted.growth.nunique() > 1 else []
+        lines.append(f"Steepest fall: width$^{{{least.exponent:.2f}}}$ ({', '.join(place)}).")
+    return "\n".join(lines)
 
 
 # Parts of drawings
@@ -634,14 +745,6 @@ def width_colours(widths: Iterable[int]) -> dict[int, str]:
 
 def _distinct(values: Iterable[Any]) -> list[Any]:
     return list(dict.fromkeys(values))
-
-
-def _few(steps: Sequence[int], most: int = 4) -> list[int]:
-    """At most so many steps, the first and the last among them."""
-    if len(steps) <= most:
-        return list(steps)
-    places = np.linspace(0, len(steps) - 1, most).round().astype(int)
-    return [steps[i] for i in places]
 
 
 def _letters() -> Iterator[str]:
@@ -676,11 +779,11 @@ def _width_axis(ax: Axes, widths: Sequence[int]) -> None:
     ax.xaxis.set_minor_locator(NullLocator())
 
 
-def _legend(figure: Figure, handles: Sequence[Line2D], title: str) -> None:
+def _legend(figure: Figure, handles: Sequence[Line2D], title: str = "") -> None:
     """One line of keys below the panels, its title at the left."""
-    heading = Line2D([], [], ls="none", label=title)
+    heading = [Line2D([], [], ls="none", label=title)] if title else []
     figure.legend(
-        handles=[heading, *handles],
+        handles=[*heading, *handles],
         loc="outside lower center",
         ncols=len(handles) + 1,
         columnspacing=1.1,
