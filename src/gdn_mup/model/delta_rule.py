@@ -50,6 +50,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from gdn_mup.model.kernels import check_kernels
+
 Backend = Literal["torch", "fla"]
 
 # MKL's vectorised exp sets itself up in its first call. If two threads make that call at once, one of them gets a
@@ -96,7 +98,8 @@ def gated_delta_rule(
 
     Raises:
         ValueError: shapes that do not fit together, or an unknown backend.
-        ImportError: backend "fla" without flash-linear-attention and triton (the extra ``gpu`` brings both).
+        UserError: backend "fla" on a GPU without flash-linear-attention and triton (the extra ``gpu`` brings both),
+            or with a Triton that gives wrong gradients there.
 
     Source: arXiv 2412.06464, equation 10 (the rule) and section 3.3 (its chunked form); arXiv 2606.04048, section 2.
     """
@@ -151,6 +154,8 @@ def _fla(
     output_final_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """fla's kernel with the rows as its batch and one head, so one autotuned kernel serves every width."""
+    if q.is_cuda:
+        check_kernels()
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule  # imports triton: only where it is used
 
     o, state = chunk_gated_delta_rule(

@@ -25,7 +25,6 @@ from gdn_mup.training.config import OptimizerName, TrainingSettings
 from gdn_mup.training.optimizers import MemberOptimizer
 from gdn_mup.training.schedule import learning_rate_factor
 
-
 # Activations of one kind, members × tokens × width, that a core works on at a time. Measured on the laptop
 # study: at width 128 groups of 8 members train 12 % faster than 20 at once; at width 32 all at once is best.
 ACTIVATIONS_IN_CACHE = 2**18
