@@ -84,7 +84,7 @@ def test_titles_state_what_was_found(drawings: dict[str, figures.Drawing]) -> No
     assert "SP −1.0" in title_of(drawings["lr_transfer"])
     title = title_of(drawings["optimum_vs_width"])
     assert "The optimum moves with width: SP (AdamW, SGD)." in title
-    assert "No movement seen: μP (transformer), Liu & Gu, gdn-mup (AdamW, SGD)." in title
+    assert "Movement not established: μP (transformer), Liu & Gu, gdn-mup (AdamW, SGD)." in title
     assert "Not so at every width: SP (AdamW, SGD)." in title_of(drawings["training_curves"])
 
 

@@ -379,7 +379,7 @@ def _stays_finding(sweeps: Sequence[Transfer]) -> str:
     moving = _named((s.optimizer, s.rules) for s in known if 0.0 not in s.slope.interval)
     staying = _named((s.optimizer, s.rules) for s in known if 0.0 in s.slope.interval)
     lines = [f"The optimum moves with width: {moving}."] if moving else []
-    lines += [f"No movement seen: {staying}."] if staying else []
+    lines += [f"Movement not established: {staying}."] if staying else []
     return "\n".join(lines)
 
 
