@@ -337,3 +337,15 @@ def test_study_never_imports_torch() -> None:
     modules = "figures, tables, claims, optimum, datasets"
     code = f"import sys; from gdn_mup.study import {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_legend_of_optima_hides_no_interval(lr_sweep: xr.Dataset) -> None:
+    figure = figures.optimum_vs_width(lr_sweep).figure
+    figure.canvas.draw()
+    for ax in figure.axes:
+        legend = ax.get_legend().get_window_extent().y1
+        ends = [y for line in ax.lines for y in np.atleast_1d(line.get_ydata()).astype(float)]
+        for collection in ax.collections:
+            ends += [y for path in collection.get_paths() for y in path.vertices[:, 1]]
+        lowest = ax.transData.transform((1.0, min(y for y in ends if np.isfinite(y))))[1]
+        assert legend <= lowest, ax.get_title(loc="left")

@@ -313,9 +313,9 @@ def optimum_vs_width(dataset: xr.Dataset) -> Drawing:
             _width_axis(ax, _distinct(width for s in sweeps for width in s.widths))
             growing = f", growth by {GROWTH_TITLES[growth]}" if len(growths) > 1 else ""
             _panel_title(ax, next(letters), OPTIMIZER_TITLES[optimizer] + growing)
-            # Below the data, so that no line runs through it.
+            # Below the data, so that no line or bar runs through it: a share of the axis for its title and rows.
             low, high = ax.get_ylim()
-            ax.set_ylim(low - 0.17 * (len(here) + 1) / 2 * max(high - low, 1.5), high)
+            ax.set_ylim(high - (high - low) / (1 - 0.085 * (len(here) + 1) - 0.04), high)
             ax.legend(loc="lower left", title="octaves per doubling", alignment="left", title_fontsize=7)
         axes[i, 0].set_ylabel("best learning rate\n(at the base width)")
     for ax in axes[-1]:
