@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from test_training import make_trainer
+from test_training import MODEL, make_trainer
 
 from gdn_mup.corpus.tokens import TokenFile
 from gdn_mup.measurement.coordinates import activations, coordinate_check
+from gdn_mup.model.config import model_shape
 from gdn_mup.model.language_model import parameter_table
 from gdn_mup.training.sweep import Member
 
@@ -30,17 +31,9 @@ def test_every_activation_and_parameter_class_is_measured(checked) -> None:
     assert {"q_projected", "q_conv", "q", "k", "v_conv", "alpha", "beta", "alpha_preactivation", "state", "o"} <= set(
         inside.dropna("quantity").quantity.values
     )
-    classes = {name.rpartition(".")[2] for name in parameter_table(make_shape())}
+    classes = {name.rpartition(".")[2] for name in parameter_table(model_shape(MODEL, 32, "heads", 320))}
     assert set(checked.parameter.values) == classes
     assert np.isfinite(checked.update_rms.sel(layer=1, step=[1, 3]).dropna("parameter", how="all")).all()
-
-
-def make_shape():
-    from test_training import MODEL
-
-    from gdn_mup.model.config import model_shape
-
-    return model_shape(MODEL, 32, "heads", 320)
 
 
 def test_nothing_has_changed_at_init_and_everything_after_an_update(checked) -> None:

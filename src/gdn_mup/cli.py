@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # torch and xarray take seconds to import: only the commands 
     import xarray as xr
     from rich.console import Console
 
-    from gdn_mup.study.plan import Job
+    from gdn_mup.study.plan import Job, Study
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -140,13 +140,12 @@ def sweep(
     from gdn_mup.training.sweep import distinct_members, group_members, train
 
     settings = loaded.settings_of(job)
-    scaled, tokens, validation, device = _prepare(loaded.model, experiment.rules, job, corpus, threads)
+    scaled, tokens, validation, make_trainer = _prepare(loaded, job, corpus, threads)
     rates = experiment.learning_rates.values
     members, stands_for = distinct_members(scaled, rates)
     training = loaded.training_of(experiment)
     groups = [
-        _trainer(group, scaled, loaded.model, training, job, tokens, device)
-        for group in group_members(members, width, training.batch_size * training.context_length)
+        make_trainer(group) for group in group_members(members, width, training.batch_size * training.context_length)
     ]
     with progress(_title(job), training.steps) as report:
         curves = train(
@@ -183,12 +182,12 @@ def coordinates(
     check = loaded.experiment_of(job)
     assert isinstance(check, CoordinateCheck)
     training = loaded.training_of(check)
-    scaled, tokens, validation, device = _prepare(loaded.model, check.rules, job, corpus, threads)
+    _, tokens, validation, make_trainer = _prepare(loaded, job, corpus, threads)
     members = [Member(rules, check.learning_rate) for rules in check.rules]
-    trainer = _trainer(members, scaled, loaded.model, training, job, tokens, device)
+    trainer = make_trainer(members)
     probe = validation.fixed_batches(1, check.probe_sequences, training.context_length)[0, :, :-1]
     with progress(_title(job), max(check.steps) + 1) as report:
-        sizes = coordinate_check(trainer, members, check.steps, torch.from_numpy(probe).to(device), report)
+        sizes = coordinate_check(trainer, members, check.steps, torch.from_numpy(probe), report)
     sizes.attrs["learning_rate"] = check.learning_rate
     _write_job(sizes, job, loaded.settings_of(job), tokens, output)
 
@@ -222,25 +221,31 @@ def _title(job: "Job") -> str:
     return f"{job.kind}: {job.growth}, {job.optimizer}, width {job.width}, seed {job.seed}"
 
 
-def _prepare(model: Any, rules: Any, job: "Job", corpus: Path, threads: int | None) -> tuple[Any, ...]:
-    """The scaled model, training and validation tokens, and the device to train on."""
+def _prepare(study: "Study", job: "Job", corpus: Path, threads: int | None) -> tuple[Any, ...]:
+    """The scaled model, training and validation tokens, and what makes a trainer of a job's members."""
+    from functools import partial
+
     import torch
 
     from gdn_mup.corpus.tokens import TokenFile
-    from gdn_mup.training.sweep import scaled_model
+    from gdn_mup.training.sweep import Trainer, scaled_model
 
     if threads:
         torch.set_num_threads(threads)
     torch.set_flush_denormal(True)  # a vanishing gradient must not slow the arithmetic down
     tokens, validation = (TokenFile.open(corpus / f"{part}.tokens") for part in ("train", "validation"))
-    scaled = scaled_model(model, job.width, job.growth, tokens.vocabulary_size, rules, job.optimizer)
-    return scaled, tokens, validation, torch.device("cpu")
-
-
-def _trainer(members: Any, scaled: Any, model: Any, training: Any, job: "Job", tokens: Any, device: Any) -> Any:
-    from gdn_mup.training.sweep import Trainer
-
-    return Trainer(members, scaled, model, training, job.optimizer, job.seed, tokens, device)
+    experiment = study.experiment_of(job)
+    scaled = scaled_model(study.model, job.width, job.growth, tokens.vocabulary_size, experiment.rules, job.optimizer)
+    make_trainer = partial(
+        Trainer,
+        scaled=scaled,
+        model=study.model,
+        training=study.training_of(experiment),
+        optimizer=job.optimizer,
+        seed=job.seed,
+        tokens=tokens,
+    )
+    return scaled, tokens, validation, make_trainer
 
 
 def _sweep_dataset(
