@@ -1,10 +1,12 @@
 """The report, opened from disk in a real browser."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from selenium import webdriver
+from selenium.common.exceptions import ElementClickInterceptedException, StaleElementReferenceException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 from workflow_copy import WorkflowCopy
@@ -46,25 +48,46 @@ def report(browser, smoke: WorkflowCopy):
     return browser
 
 
-def click(browser, text: str) -> None:
-    """Click on the first visible element with exactly that text, as soon as there is one."""
-    path = f"//*[normalize-space(text())='{text}']"
-
-    def visible(_):
-        return next((e for e in browser.find_elements(By.XPATH, path) if e.is_displayed()), None)
-
-    WebDriverWait(browser, 20).until(visible).click()
+WAIT = 60  # seconds; the page is there at once, unless other tests keep the machine busy
 
 
-def click_icon(browser, label: str, icon: str) -> None:
-    """Click on an icon (`eye`: show it; `information-circle`: describe it) in the row with that label."""
-    link = f"//tr[td[normalize-space(text())='{label}']]//a[@iconname='{icon}']"
-    WebDriverWait(browser, 20).until(lambda _: browser.find_elements(By.XPATH, link))[0].click()
+def named(text: str) -> str:
+    """XPath of the elements with exactly that text."""
+    return f"//*[normalize-space(text())='{text}']"
+
+
+def icon(label: str, name: str) -> str:
+    """XPath of an icon (`eye`: show it; `information-circle`: describe it) in the row with that label."""
+    return f"//tr[td[normalize-space(text())='{label}']]//a[@iconname='{name}']"
+
+
+def click(browser, path: str, until: Callable[[], object]) -> None:
+    """Click on the first visible element of that path until what the click is for has come about.
+
+    The page slides its panels into place: a click on a busy machine may arrive where the element no longer is.
+    """
+
+    def done(_) -> bool:
+        if until():
+            return True
+        for element in browser.find_elements(By.XPATH, path):
+            if element.is_displayed():
+                element.click()
+                break
+        return bool(until())
+
+    moving = (ElementClickInterceptedException, StaleElementReferenceException)
+    WebDriverWait(browser, WAIT, poll_frequency=1, ignored_exceptions=moving).until(done)
+
+
+def shows(browser, text: str) -> bool:
+    """Whether the page shows that text."""
+    return text in browser.find_element(By.TAG_NAME, "body").text
 
 
 def wait_for_text(browser, text: str) -> None:
     """Return when the page shows that text; fail after a while."""
-    WebDriverWait(browser, 20).until(lambda _: text in browser.find_element(By.TAG_NAME, "body").text)
+    WebDriverWait(browser, WAIT).until(lambda _: shows(browser, text))
 
 
 def test_the_first_page_says_what_this_is(report):
@@ -73,23 +96,22 @@ def test_the_first_page_says_what_this_is(report):
 
 
 def test_clicking_through_to_a_figure_shows_it(report):
-    click(report, "Figures")
-    click_icon(report, "Learning-rate transfer, AdamW", "eye")
     drawn = """
         return [...document.images].some(image => image.src.startsWith("data:image/svg")
             && image.complete && image.naturalWidth > 100 && image.getBoundingClientRect().width > 100)
     """
-    WebDriverWait(report, 20).until(lambda _: report.execute_script(drawn))
-    click_icon(report, "Learning-rate transfer, AdamW", "information-circle")
-    wait_for_text(report, "Does the best learning rate move when the model grows?")
+    figure, question = "Learning-rate transfer, AdamW", "Does the best learning rate move when the model grows?"
+    click(report, named("Figures"), until=lambda: report.find_elements(By.XPATH, icon(figure, "eye")))
+    click(report, icon(figure, "eye"), until=lambda: report.execute_script(drawn))
+    assert not shows(report, question)
+    click(report, icon(figure, "information-circle"), until=lambda: shows(report, question))
 
 
 def test_clicking_through_to_a_table_shows_it(report, smoke: WorkflowCopy):
-    click(report, "Tables")
-    click_icon(report, "Verdicts", "eye")
-    WebDriverWait(report, 20).until(lambda _: report.find_elements(By.TAG_NAME, "iframe"))
+    click(report, named("Tables"), until=lambda: report.find_elements(By.XPATH, icon("Verdicts", "eye")))
+    click(report, icon("Verdicts", "eye"), until=lambda: report.find_elements(By.TAG_NAME, "iframe"))
     report.switch_to.frame(report.find_element(By.TAG_NAME, "iframe"))
-    header = WebDriverWait(report, 20).until(lambda _: report.find_elements(By.XPATH, "//table//th"))
+    header = WebDriverWait(report, WAIT).until(lambda _: report.find_elements(By.XPATH, "//table//th"))
     markdown = Path(smoke.folder / "results/smoke/tables/verdicts.md").read_text()
     assert all(cell.text in markdown for cell in header)
     report.switch_to.default_content()
