@@ -53,8 +53,7 @@ def benchmark(
         began = time.perf_counter()
         for each in trainers:
             for step in range(steps):
-                each.backward(step)
-                each.update(1.0)
+                each.step(step, 1.0)
         return time.perf_counter() - began
 
     seconds([together]), seconds(apart)  # warm-up

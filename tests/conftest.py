@@ -1,9 +1,14 @@
 """Fixtures that several rooms share."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: our kernels are tested without a GPU too
+
 from workflow_copy import ROOT, WorkflowCopy
 
 from gdn_mup.corpus.config import CorpusSettings

@@ -28,6 +28,7 @@ from gdn_mup.scaling.apply import scale_model, scale_rule_sets
 from gdn_mup.scaling.exponents import OUTSIDE_BLOCKS, Coordinate, Parameter, Prediction, Propagation, predict
 from gdn_mup.scaling.growth import Axes, ParameterInfo, Part, growth_between
 from gdn_mup.scaling.rules import GDN_MUP, ONE, RULE_SETS, RuleSet
+from gdn_mup.training.clipping import norm_weights
 from gdn_mup.training.config import TrainingSettings
 from gdn_mup.training.optimizers import MemberOptimizer
 
@@ -35,7 +36,7 @@ OPTIMIZERS = ("adamw", "sgd")
 GROWTH_MODES = ("heads", "head_dim")
 LEARNING_RATE = 1e-7
 # ε far below every gradient and no momentum: the first update as the derivation has it.
-TRAINING = TrainingSettings(momentum=0.0, epsilon=1e-18)
+TRAINING = TrainingSettings(momentum=0.0, epsilon=1e-18, clipping="none")
 
 Sizes = dict[tuple[str, str, int], list[float]]  # (kind, name, layer) -> log₂ size of each member
 
@@ -65,7 +66,7 @@ def test_predicts_every_quantity_and_parameter_of_the_model(growth, tied):
     model_settings = ModelSettings(tied_embeddings=tied)
     shape = model_shape(model_settings, 32, growth, 8)
     recorded: list[tuple[str, int]] = []
-    LanguageModel(shape, 1)(
+    LanguageModel(shape, 1).forward(
         torch.zeros(1, 4, dtype=torch.long), lambda quantity, layer, _: recorded.append((quantity, layer))
     )
     prediction = predict("gdn_mup", "adamw", growth, tied=tied)
@@ -307,26 +308,27 @@ def measure_gdn(
         def record(quantity: str, layer: int, activation: Tensor) -> None:
             recorded[quantity, layer] = activation.detach()
 
-        return model(tokens[:, :-1], record), recorded
+        return model.forward(tokens[:, :-1], record), recorded
 
     for optimizer in OPTIMIZERS:
         members = list(scale_rule_sets(*tables, width / MODEL.base_width, rules, optimizer).values())
         initialize(model, base, MODEL.initial_scale, members, seed)
         weights = {place(name): weight for name, weight in model.weights.items()}
-        at_init = {key: weight.detach().clone() for key, weight in weights.items()}
+        at_init = {key: weight.clone() for key, weight in weights.items()}
         logits, before = forward()
         model.zero_grad()
         sum(F.cross_entropy(own.flatten(0, 1), tokens[:, 1:].flatten()) for own in logits).backward()
         rates = [learning_rate] * len(rules)
-        MemberOptimizer(optimizer, model.weights, members, rates, TRAINING).step(1.0)
+        norms = norm_weights("none", members, list(model.weights), torch.device("cpu"))
+        MemberOptimizer(optimizer, model, members, rates, norms, TRAINING).step(1.0)
         with torch.no_grad():
             _, after = forward()
         arrays = {
             "rms": before,
             "change": {key: after[key] - before[key] for key in before},
             "weight": at_init,
-            "gradient": {key: weight.grad for key, weight in weights.items()},
-            "update": {key: weights[key].detach() - at_init[key] for key in weights},
+            "gradient": {place(name): gradient for name, gradient in model.gradients().items()},
+            "update": {key: weights[key] - at_init[key] for key in weights},
         }
         sizes[optimizer] = {
             (kind, *key): [rms(member) for member in array]

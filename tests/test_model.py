@@ -1,11 +1,14 @@
 """The language model: causal, members apart, and the layer of fla's GatedDeltaNet to the letter."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from gdn_mup.model.config import ModelSettings, ModelShape, model_shape
-from gdn_mup.model.language_model import LanguageModel, initialize, parameter_table, short_conv
+from gdn_mup.model.language_model import LanguageModel, initialize, parameter_layout, parameter_table
+from gdn_mup.model.operations import linear, short_conv
 from gdn_mup.scaling.apply import scale_model
 
 SETTINGS = ModelSettings(base_width=16, layers=2, heads=2, head_dim=8, value_head_dim=12, mlp_ratio=2)
@@ -28,7 +31,7 @@ def test_logits_depend_on_the_past_only() -> None:
     changed = tokens.clone()
     changed[:, 12:] = (changed[:, 12:] + 1) % 50
     with torch.no_grad():
-        before, after = model(tokens), model(changed)
+        before, after = model.forward(tokens), model.forward(changed)
     torch.testing.assert_close(before[:, :, :12], after[:, :, :12], rtol=0, atol=1e-5)
     assert not torch.allclose(before[:, :, 12:], after[:, :, 12:], atol=1e-3)
 
@@ -57,6 +60,59 @@ def test_initial_standard_deviations_follow_the_rules() -> None:
     torch.testing.assert_close(std["embedding"], torch.ones(2), rtol=0.05, atol=0)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("heads", [1, 2, 3])
+def test_every_parameter_has_its_own_place_in_a_members_row(heads: int, tied: bool) -> None:
+    """Stored tensors are aligned and do not overlap; whatever no parameter owns stays zero through an update."""
+    settings = SETTINGS.model_copy(update={"heads": heads, "tied_embeddings": tied})
+    shape = model_shape(settings, 16, "heads", 50)
+    layout, table = parameter_layout(shape), parameter_table(shape)
+    assert layout.parameters.keys() == table.keys()
+    assert layout.size % 64 == 0 and all(tensor.offset % 64 == 0 for tensor in layout.tensors.values())
+    assert layout.tensors["0.in_proj"].shape[0] % 16 == 0
+    places = sorted((offset, offset + size) for _, offset, size in layout.parameters.values())
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise([*places, (layout.size, layout.size)]))
+
+    model = LanguageModel(shape, 2)
+    for number, name in enumerate(table, start=1):
+        model.weights[name].fill_(number)
+    for number, name in enumerate(table, start=1):
+        _, offset, size = layout.parameters[name]
+        assert model.weights[name].shape[1:] == table[name].shape
+        assert (model.flat[:, offset : offset + size] == number).all()
+        model.flat[:, offset : offset + size] = 0
+    assert (model.flat == 0).all()
+
+
+def test_gradients_are_those_of_the_stored_tensors() -> None:
+    model = make_model()
+    model.losses(torch.randint(50, (2, 11))).sum().backward()
+    gradients = model.gradients()
+    assert gradients.keys() == model.weights.keys()
+    keys = model.shape.heads * model.shape.head_dim
+    in_proj = model.tensors["1.in_proj"].grad
+    assert in_proj is not None
+    torch.testing.assert_close(gradients["1.k"], in_proj[:, keys : 2 * keys], rtol=0, atol=0)
+    rows = sum(model.weights[f"1.{name}"].shape[1] for name in ("q", "k", "v", "g")) + 2 * model.shape.heads
+    assert rows < in_proj.shape[1] and (in_proj[:, rows:] == 0).all()
+    gradients["1.k"].zero_()
+    assert (in_proj[:, keys : 2 * keys] == 0).all()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_losses_are_the_cross_entropy_of_the_logits(tied: bool) -> None:
+    model, batch = make_model(width=64, tied=tied), torch.randint(50, (3, 14))
+    logits = model.forward(batch[:, :-1])
+    expected = torch.stack([F.cross_entropy(own.flatten(0, 1), batch[:, 1:].flatten()) for own in logits])
+    torch.testing.assert_close(model.losses(batch), expected)
+
+
+def test_a_linear_map_has_the_gradients_of_its_product() -> None:
+    x = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(linear, (x, weight))
+
+
 @pytest.mark.parametrize("length", [1, 2, 3, 17])
 def test_short_conv_is_a_causal_depthwise_convolution(length: int) -> None:
     x = torch.randn(2, 3, length, 5, dtype=torch.float64, requires_grad=True)
@@ -72,7 +128,7 @@ def test_a_mixer_is_flas_gated_deltanet() -> None:
     model = make_model(members=("sp",))
     recorded: dict[str, torch.Tensor] = {}
     tokens = torch.randint(50, (2, 30))
-    model(tokens, lambda quantity, layer, x: recorded.update({quantity: x[0]}) if layer == 0 else None)
+    model.forward(tokens, lambda quantity, layer, x: recorded.update({quantity: x[0]}) if layer == 0 else None)
     shape: ModelShape = model.shape
     w = {name.removeprefix("0."): weight[0] for name, weight in model.weights.items() if name.startswith("0.")}
     x = model.weights["embedding"][0][tokens]

@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gdn_mup.measurement.evaluation import member_losses
 from gdn_mup.model.config import InitialScale, ModelSettings, model_shape
 from gdn_mup.model.language_model import LanguageModel, initialize, parameter_table
 from gdn_mup.scaling.apply import ModelScaling, distinct_rules, scale_model, scale_rule_sets
 from gdn_mup.scaling.growth import Axes, ParameterInfo, Part, growth_between
 from gdn_mup.scaling.rules import RULE_SETS, Scaling
+from gdn_mup.training.clipping import norm_weights
 from gdn_mup.training.config import TrainingSettings
 from gdn_mup.training.optimizers import MemberOptimizer
 
@@ -58,16 +58,17 @@ def test_rule_sets_train_the_same_model_at_the_base_width_bit_for_bit(growth, op
         members = list(scalings.values())
         model = LanguageModel(target, len(members))
         initialize(model, base, InitialScale(), members, seed=3)
-        training = TrainingSettings(weight_decay=0.1)
-        steps = MemberOptimizer(optimizer, model.weights, members, [0.01] * len(members), training)
-        seen = [weight.detach().clone() for weight in model.weights.values()]
+        training = TrainingSettings(weight_decay=0.1, clipping="none")
+        weights = norm_weights("none", members, list(model.weights), torch.device("cpu"))
+        steps = MemberOptimizer(optimizer, model, members, [0.01] * len(members), weights, training)
+        seen = [weight.clone() for weight in model.weights.values()]
         random = torch.Generator().manual_seed(0)
         for _ in range(3):
             model.zero_grad()
-            losses = member_losses(model, torch.randint(VOCABULARY, (2, 9), generator=random))
+            losses = model.losses(torch.randint(VOCABULARY, (2, 9), generator=random))
             losses.sum().backward()
             steps.step(1.0)
-            seen += [losses.detach(), *(weight.detach().clone() for weight in model.weights.values())]
+            seen += [losses.detach(), *(weight.clone() for weight in model.weights.values())]
         return seen
 
     assert all(torch.equal(member, tensor[0]) for tensor in train(1) for member in tensor)

@@ -1,6 +1,8 @@
 """Members trained together: nobody notices a neighbour, and a killed job goes on where it was."""
 
-from collections.abc import Sequence
+import logging
+import weakref
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from gdn_mup.model.config import GrowthMode, ModelSettings
 from gdn_mup.training.clipping import clip, gradient_norms, norm_weights
 from gdn_mup.training.config import OptimizerName, TrainingSettings
 from gdn_mup.training.schedule import learning_rate_factor
-from gdn_mup.training.sweep import Curves, Member, Trainer, distinct_members, group_members, scaled_model, train
+from gdn_mup.training.sweep import Curves, Member, Trainer, distinct_members, members_in_cache, scaled_model, train
 
 MODEL = ModelSettings(base_width=16, layers=2, heads=2, head_dim=8, value_head_dim=8, mlp_ratio=2)
 TRAINING = TrainingSettings(
@@ -37,7 +39,14 @@ def make_trainer(
 
 
 def run(trainer: Trainer, validation: TokenFile, **options: object) -> Curves:
-    return train([trainer], validation, **options)  # type: ignore[arg-type]
+    """Train the members of one trainer, as one group."""
+    members = [Member("", 0.0)] * trainer.model.members  # the trainer knows who they are
+    return train(members, lambda _: trainer, len(members), 32, trainer.training, validation, **options)  # type: ignore[arg-type]
+
+
+def run_in_groups(tokens: TokenFile, validation: TokenFile, size: int, **options: object) -> Curves:
+    """Train all MEMBERS in groups of `size`."""
+    return train(MEMBERS, lambda group: make_trainer(group, tokens), size, 32, TRAINING, validation, **options)  # type: ignore[arg-type]
 
 
 MEMBERS = [Member("gdn_mup", 2.0**-e) for e in (9, 7, 5)] + [Member("sp", 2.0**-7)]
@@ -105,25 +114,55 @@ def test_rule_sets_differ_beyond_the_base_width(tokens: TokenFile) -> None:
     assert stands_for == {rules: rules for rules in RULES}
 
 
-def test_members_in_groups_train_as_all_at_once(tokens: TokenFile, validation: TokenFile, tmp_path: Path) -> None:
-    together = run(make_trainer(MEMBERS, tokens), validation)
-    groups = group_members(MEMBERS, width=32, tokens_a_step=2**12)
-    assert [len(group) for group in groups] == [2, 2]
-    checkpoint = {"checkpoint": tmp_path / "c", "settings_hash": "abc", "checkpoint_seconds": 0.0}
-
-    def kill(done: float, status: str = "") -> None:
-        if done == 5:
-            raise Killed
-
-    with pytest.raises(Killed):
-        train([make_trainer(group, tokens) for group in groups], validation, **checkpoint, report=kill)
-    apart = train([make_trainer(group, tokens) for group in groups], validation, **checkpoint)
-    np.testing.assert_allclose(apart.train_loss, together.train_loss, atol=1e-4, rtol=0)
-    np.testing.assert_allclose(apart.val_loss, together.val_loss, atol=1e-4, rtol=0)
-
-
 class Killed(Exception):
     """Stands for the end of the process."""
+
+
+def kill_at(last: int) -> Callable[..., None]:
+    """A report that ends the process after so many updates, counted over members."""
+
+    def report(done: float, status: str = "") -> None:
+        if done == last:
+            raise Killed
+
+    return report
+
+
+def checkpointed(folder: Path) -> dict[str, object]:
+    """A checkpoint and a report after every step."""
+    return {
+        "checkpoint": folder / "job.checkpoint",
+        "settings_hash": "abc",
+        "checkpoint_seconds": 0.0,
+        "report_seconds": 0.0,
+    }
+
+
+CURVES = ("train_loss", "val_loss", "grad_norm", "diverged", "evaluation_step")
+
+
+def test_members_in_groups_train_as_all_at_once(tokens: TokenFile, validation: TokenFile) -> None:
+    together = run(make_trainer(MEMBERS, tokens), validation)
+    apart = run_in_groups(tokens, validation, 3)
+    np.testing.assert_allclose(apart.train_loss, together.train_loss, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(apart.val_loss, together.val_loss, atol=1e-4, rtol=0)
+    assert members_in_cache(width=32, tokens_a_step=2**12) == 2 and members_in_cache(width=2**20, tokens_a_step=1) == 1
+
+
+def test_a_group_is_freed_before_the_next_one_is_built(tokens: TokenFile, validation: TokenFile) -> None:
+    built: list[weakref.ref[Trainer]] = []
+
+    def make(group: Sequence[Member]) -> Trainer:
+        assert all(trainer() is None for trainer in built)
+        trainer = make_trainer(group, tokens)
+        built.append(weakref.ref(trainer))
+        return trainer
+
+    progress: list[float] = []
+    options = {"report": lambda done, status="": progress.append(done), "report_seconds": 0.0}
+    train(MEMBERS, make, 3, 32, TRAINING, validation, **options)  # type: ignore[arg-type]
+    assert len(built) == 2
+    assert progress == [*range(3, 61, 3), *range(61, 81)]  # of 4 members × 20 steps
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
@@ -131,36 +170,101 @@ def test_a_killed_job_goes_on_and_gives_the_same_bits(
     tokens: TokenFile, validation: TokenFile, tmp_path: Path, optimizer: OptimizerName
 ) -> None:
     undisturbed = run(make_trainer(MEMBERS, tokens, optimizer=optimizer), validation)
-    checkpoint = tmp_path / "job.checkpoint"
-    options = {"checkpoint": checkpoint, "settings_hash": "abc", "checkpoint_seconds": 0.0}
+    options = checkpointed(tmp_path)
     for last in (7, 13):
-
-        def kill(done: float, status: str = "", last: int = last) -> None:
-            if done == last:
-                raise Killed
-
         with pytest.raises(Killed):
-            run(make_trainer(MEMBERS, tokens, optimizer=optimizer), validation, **options, report=kill)
-        assert checkpoint.exists()
+            run(make_trainer(MEMBERS, tokens, optimizer=optimizer), validation, **options, report=kill_at(4 * last))
+        assert (tmp_path / "job.checkpoint").exists()
     finished = run(make_trainer(MEMBERS, tokens, optimizer=optimizer), validation, **options)
-    for curve in ("train_loss", "val_loss", "grad_norm", "diverged"):
+    for curve in CURVES:
         np.testing.assert_array_equal(getattr(finished, curve), getattr(undisturbed, curve))
-    assert not checkpoint.exists()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("size", "resumed_size"), [(3, 3), (2, 2), (2, 1), (1, 4)])
+def test_a_job_killed_in_its_second_group_keeps_its_groups(
+    tokens: TokenFile, validation: TokenFile, tmp_path: Path, size: int, resumed_size: int
+) -> None:
+    """Also where another group size would be chosen when it goes on."""
+    undisturbed = run_in_groups(tokens, validation, size)
+    killed_at = size * 20 + 6 * min(size, len(MEMBERS) - size)
+    with pytest.raises(Killed):
+        run_in_groups(tokens, validation, size, **checkpointed(tmp_path), report=kill_at(killed_at))
+    progress: list[float] = []
+    options = checkpointed(tmp_path) | {"report": lambda done, status="": progress.append(done)}
+    finished = run_in_groups(tokens, validation, resumed_size, **options)
+    assert progress[0] == killed_at  # the step during which it was killed, again
+    for curve in CURVES:
+        np.testing.assert_array_equal(getattr(finished, curve), getattr(undisturbed, curve))
+    assert not list(tmp_path.iterdir())
+
+
+class SmallDevice:
+    """Makes trainers of a device that holds `members` of them; more run out of memory in the given step."""
+
+    def __init__(self, tokens: TokenFile, members: int, step: int | None) -> None:
+        self.tokens, self.members, self.step = tokens, members, step
+        self.tried: list[int] = []
+
+    def __call__(self, group: Sequence[Member]) -> Trainer:
+        self.tried.append(len(group))
+        fits = len(group) <= self.members
+        if self.step is None and not fits:
+            raise torch.OutOfMemoryError("while building")
+        trainer = make_trainer(group, self.tokens)
+        update = trainer.step
+
+        def step(index: int, factor: float) -> tuple[torch.Tensor, torch.Tensor]:
+            if index == self.step and not fits:
+                raise torch.OutOfMemoryError("while training")
+            return update(index, factor)
+
+        trainer.step = step  # type: ignore[method-assign]
+        return trainer
+
+
+@pytest.mark.parametrize("step", [None, 0, 7])
+def test_a_group_that_does_not_fit_starts_again_with_half_the_members(
+    tokens: TokenFile, validation: TokenFile, tmp_path: Path, caplog: pytest.LogCaptureFixture, step: int | None
+) -> None:
+    device = SmallDevice(tokens, 2, step)
+    with caplog.at_level(logging.WARNING):
+        curves = train(MEMBERS, device, 4, 32, TRAINING, validation, **checkpointed(tmp_path))  # type: ignore[arg-type]
+    assert device.tried == [4, 2, 2]
+    assert caplog.messages == ["Out of memory: 4 members of width 32 at once; going on with 2"]
+    expected = run_in_groups(tokens, validation, 2)
+    for curve in CURVES:
+        np.testing.assert_array_equal(getattr(curves, curve), getattr(expected, curve))
+
+
+def test_a_group_that_goes_on_where_there_is_less_memory_starts_again(
+    tokens: TokenFile, validation: TokenFile, tmp_path: Path
+) -> None:
+    with pytest.raises(Killed):
+        run_in_groups(tokens, validation, 4, **checkpointed(tmp_path), report=kill_at(4 * 7))
+    device = SmallDevice(tokens, 2, None)
+    curves = train(MEMBERS, device, 4, 32, TRAINING, validation, **checkpointed(tmp_path))  # type: ignore[arg-type]
+    assert device.tried == [4, 2, 2]
+    expected = run_in_groups(tokens, validation, 2)
+    for curve in CURVES:
+        np.testing.assert_array_equal(getattr(curves, curve), getattr(expected, curve))
+
+
+def test_a_member_that_does_not_fit_says_what_to_do(tokens: TokenFile, validation: TokenFile) -> None:
+    device = SmallDevice(tokens, 0, 0)
+    with pytest.raises(UserError, match=r"width 32.*training\.batch_size 2; make batch_size smaller"):
+        train(MEMBERS, device, 4, 32, TRAINING, validation)
+    assert device.tried == [4, 2, 1]
 
 
 @pytest.mark.parametrize("damage", ["other settings", "truncated"])
 def test_a_checkpoint_that_does_not_fit_is_refused_and_kept(
     tokens: TokenFile, validation: TokenFile, tmp_path: Path, damage: str
 ) -> None:
+    options = checkpointed(tmp_path)
     checkpoint = tmp_path / "job.checkpoint"
-
-    def kill(done: float, status: str = "") -> None:
-        if done == 3:
-            raise Killed
-
-    options = {"checkpoint": checkpoint, "settings_hash": "abc", "checkpoint_seconds": 0.0}
     with pytest.raises(Killed):
-        run(make_trainer(MEMBERS, tokens), validation, **options, report=kill)
+        run(make_trainer(MEMBERS, tokens), validation, **options, report=kill_at(12))
     if damage == "truncated":
         checkpoint.write_bytes(checkpoint.read_bytes()[:100])
     else:
@@ -204,7 +308,7 @@ def test_updates_follow_torch_with_each_parameters_multipliers(tokens: TokenFile
     for member, (rules, rate) in enumerate([("gdn_mup", 0.01), ("sp", 0.02)]):
         for name, weight in trainer.model.weights.items():
             rule = scaled.scalings[rules].parameters[name]
-            twin = weight.detach()[member].clone().requires_grad_()
+            twin = weight[member].clone().requires_grad_()
             decay = 0.1 * rule.weight_decay if twin.dim() > 1 else 0.0
             options = {"lr": rate * rule.learning_rate, "weight_decay": decay}
             if optimizer == "adamw":
@@ -214,8 +318,9 @@ def test_updates_follow_torch_with_each_parameters_multipliers(tokens: TokenFile
             references.append((name, member, twin, step))
     for update in range(5):
         trainer.backward(update)
+        gradients = trainer.gradients()
         for name, member, twin, step in references:
-            twin.grad = trainer.model.weights[name].grad[member].clone()
+            twin.grad = gradients[name][member].clone()
             step.step()
         trainer.update(1.0)
     for name, member, twin, _ in references:

@@ -137,19 +137,20 @@ def sweep(
     job = Job("lr_sweep", growth, optimizer, width, seed)  # type: ignore[arg-type]
     experiment = loaded.experiment_of(job)
     assert isinstance(experiment, Sweep)
-    from gdn_mup.training.sweep import distinct_members, group_members, train
+    from gdn_mup.training.sweep import distinct_members, members_in_cache, train
 
     settings = loaded.settings_of(job)
     scaled, tokens, validation, make_trainer = _prepare(loaded, job, corpus, threads)
     rates = experiment.learning_rates.values
     members, stands_for = distinct_members(scaled, rates)
     training = loaded.training_of(experiment)
-    groups = [
-        make_trainer(group) for group in group_members(members, width, training.batch_size * training.context_length)
-    ]
-    with progress(_title(job), training.steps) as report:
+    with progress(_title(job), training.steps * len(members)) as report:
         curves = train(
-            groups,
+            members,
+            make_trainer,
+            members_in_cache(width, training.batch_size * training.context_length),
+            width,
+            training,
             validation,
             checkpoint=checkpoint or output.with_name(f".{output.name}.checkpoint"),
             settings_hash=settings_hash(settings),

@@ -33,7 +33,7 @@ def activations(model: LanguageModel, probe: Tensor) -> dict[Place, Tensor]:
         recorded[Place(quantity, layer)] = activation
 
     with torch.no_grad():
-        model(probe, record)
+        model.forward(probe, record)
     return recorded
 
 
@@ -57,7 +57,7 @@ def coordinate_check(
     (rules, step, layer, parameter), gradient and update being those of the update that led to the step,
     the gradient before clipping.
     """
-    model = trainer.model
+    model, probe = trainer.model, probe.to(trainer.device)
     at_init = activations(model, probe)
     places = list(at_init)
     parameters = {name: parameter_place(name) for name in model.weights}
@@ -74,24 +74,24 @@ def coordinate_check(
 
     def put(variable: str, step: int, place: Place, values: Tensor) -> None:
         array = sizes[variable]
-        array.loc[{"step": step, "layer": place.layer, array.dims[-1]: place.name}] = values.numpy()
+        array.loc[{"step": step, "layer": place.layer, array.dims[-1]: place.name}] = values.cpu().numpy()
 
     for step in range(max(steps) + 1):
         measured = step in steps
         if step > 0:
-            before = {name: weight.detach().clone() for name, weight in model.weights.items()} if measured else {}
+            before = {name: weight.clone() for name, weight in model.weights.items()} if measured else {}
             trainer.backward(step - 1)
             gradients = {name: gradient.clone() for name, gradient in trainer.gradients().items()} if measured else {}
             trainer.update(1.0)
             for name, place in parameters.items() if measured else ():
                 put("gradient_rms", step, place, member_rms(gradients[name]))
-                put("update_rms", step, place, member_rms(model.weights[name].detach() - before[name]))
+                put("update_rms", step, place, member_rms(model.weights[name] - before[name]))
         if measured:
             for place, activation in activations(model, probe).items():
                 put("rms", step, place, member_rms(activation))
                 put("change", step, place, member_rms(activation - at_init[place]))
             for name, place in parameters.items():
-                put("weight_rms", step, place, member_rms(model.weights[name].detach()))
+                put("weight_rms", step, place, member_rms(model.weights[name]))
         report(step + 1)
     return xr.Dataset(sizes)
 

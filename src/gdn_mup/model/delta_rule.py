@@ -1,4 +1,4 @@
-"""The gated delta rule: one signature, two backends (fla on CUDA, chunked PyTorch elsewhere).
+"""The gated delta rule: one signature, three backends (Triton on CUDA, chunked PyTorch anywhere, fla to compare with).
 
 Sources: Yang, Kautz, Hatamizadeh, Gated Delta Networks (arXiv 2412.06464), for the rule and its chunked form;
 Liu and Gu (arXiv 2606.04048) for the model this project studies.
@@ -52,7 +52,7 @@ from torch.nn import functional
 
 from gdn_mup.model.kernels import check_kernels
 
-Backend = Literal["torch", "fla"]
+Backend = Literal["torch", "triton", "fla"]
 
 # MKL's vectorised exp sets itself up in its first call. If two threads make that call at once, one of them gets a
 # variant of half the digits: errors of 3e-5 in 6 of 70 fresh processes (torch 2.13, two threads), in none of 90
@@ -90,8 +90,9 @@ def gated_delta_rule(
         scale: factor on the output.
         initial_state: S before the first position ``[N, K, V]``; zero if None.
         output_final_state: also return S after the last position.
-        backend: "fla" (Triton kernels, CUDA only) or "torch" (anywhere; float32 or float64, the latter for
-            gradcheck; no double backward). None: fla for CUDA tensors, torch otherwise.
+        backend: "triton" (the kernels of `gdn_mup.kernels.delta_rule`; CUDA, K up to 256), "fla"
+            (flash-linear-attention's kernels; CUDA) or "torch" (anywhere; float32 or float64, the latter for
+            gradcheck; no double backward). None: triton for CUDA tensors of 16 bits, torch otherwise.
 
     Returns:
         outputs ``[N, T, V]`` and the final state ``[N, K, V]``, or None in its place.
@@ -105,11 +106,14 @@ def gated_delta_rule(
     """
     _check_shapes(q, k, v, log_decay, beta, initial_state)
     if backend is None:
-        backend = "fla" if q.is_cuda else "torch"
+        backend = "triton" if q.is_cuda and q.element_size() == 2 else "torch"
+    if backend == "triton":
+        inputs = (q.contiguous(), k.contiguous(), v.contiguous(), log_decay.float(), beta.float())
+        return _TritonGatedDeltaRule.apply(*inputs, initial_state, scale, output_final_state)
     if backend == "fla":
         return _fla(q, k, v, log_decay, beta, scale, initial_state, output_final_state)
     if backend != "torch":
-        raise ValueError(f"backend must be 'torch', 'fla' or None, not {backend!r}")
+        raise ValueError(f"backend must be 'torch', 'triton', 'fla' or None, not {backend!r}")
     if scale != 1.0:
         q = q * scale
     if initial_state is None:
@@ -141,6 +145,42 @@ def _check_shapes(
     for name, (tensor, shape) in expected.items():
         if list(tensor.shape) != shape:
             raise ValueError(f"{name} has shape {list(tensor.shape)}; k and v ask for {shape}")
+
+
+class _TritonGatedDeltaRule(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        beta: Tensor,
+        initial_state: Tensor | None,
+        scale: float,
+        output_final_state: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        from gdn_mup.kernels import delta_rule as kernels  # imports triton: only where it is used
+
+        ctx.kernels, ctx.scale, ctx.starts = kernels, scale, initial_state is not None
+        ctx.set_materialize_grads(False)
+        log_decay, beta = log_decay.contiguous(), beta.contiguous()
+        start = initial_state if initial_state is None else initial_state.float().contiguous()
+        o, end, saved = kernels.forward(q, k, v, log_decay, beta, scale, start, output_final_state)
+        assert saved is not None
+        ctx.save_for_backward(q, k, log_decay, beta, *saved)
+        return o, end
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, log_decay, beta, *saved = ctx.saved_tensors
+        kept = ctx.kernels.Saved(*saved)
+        do, d_end = grads
+        do = torch.zeros_like(kept.z) if do is None else do.contiguous()
+        d_end = None if d_end is None else d_end.contiguous()
+        gradients = ctx.kernels.backward(do, d_end, q, k, log_decay, beta, kept, ctx.scale, ctx.starts)
+        return (*gradients, None, None)
 
 
 def _fla(

@@ -3,28 +3,26 @@
 Every parameter has shape [members, ...]: the members are models of one shape that differ in their
 rule set or learning rate, see the same batches, and never touch each other. A linear layer of all
 members is one batched matrix product; the delta rule, which has no parameters, sees members × batch ×
-heads as its batch.
+heads as its batch. All parameters of a member lie in one row of one buffer.
 
-Shapes below: M members, B sequences, T tokens, d width, H heads, K head dim, V value head dim.
+Shapes below: M members, P elements a row, B sequences, T tokens, d width.
 """
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gdn_mup.model import operations
 from gdn_mup.model.config import InitialScale, ModelShape
-from gdn_mup.model.delta_rule import gated_delta_rule
 from gdn_mup.scaling.apply import ModelScaling
 from gdn_mup.scaling.growth import ParameterInfo, Part
 
 Record = Callable[[str, int, Tensor], None]
-RecordAtLayer = Callable[[str, Tensor], None]
 OUTSIDE_BLOCKS = -1  # the layer under which embedding, final norm and logits are recorded
 
 
@@ -74,219 +72,181 @@ def parameter_table(shape: ModelShape) -> dict[str, ParameterInfo]:
     return table
 
 
-class LanguageModel(nn.Module):
+# Parameters that share a stored tensor, so that one matrix product or one convolution reads all of them.
+STACKED = {
+    "in_proj": ("q", "k", "v", "g", "alpha_projection", "beta_projection"),
+    "conv": ("q_conv", "k_conv", "v_conv"),
+    "mlp_in": ("mlp_gate", "mlp_up"),
+}
+ALIGNMENT = 64  # elements: every stored tensor starts at a multiple of it, 256 bytes in float32
+IN_PROJ_ROWS = 16  # `in_proj` is padded to a multiple of so many rows, which GPU matrix products ask for
+
+
+class StoredTensor(NamedTuple):
+    """Where a stored tensor starts in a member's row, in elements, and its shape without the members."""
+
+    offset: int
+    shape: tuple[int, ...]
+
+
+class StoredParameter(NamedTuple):
+    """The stored tensor that a parameter is part of, where it starts in a member's row, and its elements."""
+
+    tensor: str
+    offset: int
+    size: int
+
+
+class Layout(NamedTuple):
+    """How one member's parameters lie in one row of `size` elements; what nothing owns is padding, and zero."""
+
+    tensors: dict[str, StoredTensor]
+    parameters: dict[str, StoredParameter]
+    size: int
+
+
+def parameter_layout(shape: ModelShape) -> Layout:
+    """Stored tensors in the order of `parameter_table`, stacked parameters as rows below each other."""
+    table = parameter_table(shape)
+    stored_in = {parameter: tensor for tensor, parameters in STACKED.items() for parameter in parameters}
+    stacks: dict[str, list[str]] = {}
+    for name in table:
+        layer, dot, parameter = name.rpartition(".")
+        stacks.setdefault(layer + dot + stored_in.get(parameter, parameter), []).append(name)
+
+    tensors: dict[str, StoredTensor] = {}
+    parameters: dict[str, StoredParameter] = {}
+    end = 0
+    for tensor, names in stacks.items():
+        start = end
+        for name in names:
+            parameters[name] = StoredParameter(tensor, end, math.prod(table[name].shape))
+            end += parameters[name].size
+        rows, *columns = (sum(table[name].shape[0] for name in names), *table[names[0]].shape[1:])
+        if tensor.endswith("in_proj"):
+            rows = _round_up(rows, IN_PROJ_ROWS)
+        tensors[tensor] = StoredTensor(start, (rows, *columns))
+        end = _round_up(start + math.prod(tensors[tensor].shape), ALIGNMENT)
+    return Layout(tensors, parameters, end)
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
+class LanguageModel:
     """Members of one shape, each with its own parameters and its own multiplier on the logits.
 
-    `weights[name]` has shape [M, *parameter_table(shape)[name].shape], float32 unless told otherwise.
+    Attributes:
+        layout: where everything is in a member's row of P elements.
+        flat: all parameters [M, P], one row a member.
+        tensors: the stored tensors, views [M, ...] of `flat` that gradients are taken of.
+        weights: every parameter of `parameter_table`, as a view [M, *shape] of `flat` without gradients.
+        logits_multiplier: [M].
+        operations: what computes the losses: the module `model.operations`, or an object with the same functions.
     """
 
     def __init__(
-        self, shape: ModelShape, members: int, norm_epsilon: float = 1e-5, dtype: torch.dtype = torch.float32
+        self,
+        shape: ModelShape,
+        members: int,
+        norm_epsilon: float = 1e-5,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__()
         self.shape, self.members, self.norm_epsilon = shape, members, norm_epsilon
-        # ParameterDict forbids dots: names are kept as they are, registered with an underscore.
-        self.weights: dict[str, nn.Parameter] = {}
-        for name, info in parameter_table(shape).items():
-            parameter = nn.Parameter(torch.zeros(members, *info.shape, dtype=dtype))
-            self.weights[name] = parameter
-            self.register_parameter(name.replace(".", "_"), parameter)
-        self.logits_multiplier: Tensor
-        self.register_buffer("logits_multiplier", torch.ones(members, dtype=dtype))
+        self.operations: Any = operations
+        self.layout, self._table = parameter_layout(shape), parameter_table(shape)
+        self.flat = torch.zeros(members, self.layout.size, dtype=dtype, device=device)
+        self.tensors = {
+            name: nn.Parameter(self.flat[:, offset : offset + math.prod(stored)].unflatten(1, stored))
+            for name, (offset, stored) in self.layout.tensors.items()
+        }
+        self.weights = self._by_parameter({name: tensor.detach() for name, tensor in self.tensors.items()})
+        self.logits_multiplier = torch.ones(members, dtype=dtype, device=device)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LanguageModel":
-        super()._apply(fn, recurse)
-        self.weights = {name: getattr(self, name.replace(".", "_")) for name in self.weights}
-        return self
+    def _by_parameter(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Views [M, *shape] of stored tensors [M, ...], one for every parameter."""
+        views = {}
+        for name, info in self._table.items():
+            tensor, offset, size = self.layout.parameters[name]
+            start = offset - self.layout.tensors[tensor].offset
+            views[name] = stored[tensor].view(self.members, -1)[:, start : start + size].unflatten(1, info.shape)
+        return views
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Every parameter's gradient [M, *shape], a view into its stored tensor's."""
+        return self._by_parameter(
+            {name: tensor.grad for name, tensor in self.tensors.items() if tensor.grad is not None}
+        )
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for tensor in self.tensors.values():
+            tensor.grad = None
 
     def forward(self, tokens: Tensor, record: Record | None = None) -> Tensor:
-        """Logits [M, B, T, vocabulary] for token ids [B, T], which all members share.
+        """Logits [M, B, T, vocabulary] for token ids [B, T], which all members share, by `model.operations`.
 
         `record(quantity, layer, activation)` is called with every activation that a coordinate check
         measures; each has the members as its first axis.
         """
+        h = self._trunk(operations, self.tensors, tokens, record)
+        logits = operations.linear(h, self.tensors[self._readout])
+        if record:
+            record("logits", OUTSIDE_BLOCKS, logits)
+        return logits.unflatten(1, tuple(tokens.shape))
+
+    def losses(self, batch: Tensor) -> Tensor:
+        """Mean cross-entropy [M] in nats per token of token ids [B, T + 1]: each predicts the next."""
+        ops = self.operations
+        operands = ops.operands(self)
+        h = self._trunk(ops, operands, batch[:, :-1])
+        return ops.cross_entropy(h, operands[self._readout], batch[:, 1:].flatten())
+
+    @property
+    def _readout(self) -> str:
+        return "embedding" if self.shape.tied_embeddings else "readout"
+
+    def _trunk(self, ops: Any, operands: Mapping[str, Any], tokens: Tensor, record: Record | None = None) -> Tensor:
+        """From token ids [B, T] to what the readout reads, [M, B·T, d]; `operands` are the stored tensors."""
+        shape, epsilon = self.shape, self.norm_epsilon
         batch, length = tokens.shape
-        x = self.weights["embedding"][:, tokens.flatten()]  # [M, B·T, d]
+        x, delta = ops.embed(tokens, operands["embedding"]), None
         if record:
             record("embedding", OUTSIDE_BLOCKS, x)
-        for layer in range(self.shape.layers):
+        for layer in range(shape.layers):
             block = {
-                name.removeprefix(f"{layer}."): weight
-                for name, weight in self.weights.items()
+                name.removeprefix(f"{layer}."): operand
+                for name, operand in operands.items()
                 if name.startswith(f"{layer}.")
             }
             record_here = partial(_record_at, record, layer) if record else None
-            x = x + self._mixer(block, x, batch, length, record_here)
-            x = x + self._mlp(block, x, record_here)
+            x, h = ops.add_norm(x, delta, block["mixer_norm"], epsilon)
+            if record and layer > 0:
+                record("residual", layer - 1, x)
+            y = ops.linear(h, block["in_proj"])
+            gates = block["conv"], block["A_log"], block["dt_bias"], block["o_norm"]
+            delta = ops.linear(ops.mixer(y, *gates, shape, batch, length, epsilon, record_here), block["o"])
             if record:
-                record("residual", layer, x)
-        x = rms_norm(x, self.weights["final_norm"], self.norm_epsilon)
-        readout = self.weights.get("readout", self.weights["embedding"])
-        logits = linear(x * self.logits_multiplier[:, None, None], readout)
+                record("mixer_output", layer, delta)
+            x, h = ops.add_norm(x, delta, block["mlp_norm"], epsilon)
+            hidden = ops.swiglu(ops.linear(h, block["mlp_in"]))
+            delta = ops.linear(hidden, block["mlp_down"])
+            if record:
+                record("mlp_hidden", layer, hidden)
+                record("mlp_output", layer, delta)
+        x, h = ops.add_norm(x, delta, operands["final_norm"], epsilon)
         if record:
-            record("final_norm", OUTSIDE_BLOCKS, x)
-            record("logits", OUTSIDE_BLOCKS, logits)
-        return logits.unflatten(1, (batch, length))
-
-    def _mixer(
-        self,
-        block: dict[str, nn.Parameter],
-        x: Tensor,
-        batch: int,
-        length: int,
-        record: RecordAtLayer | None,
-    ) -> Tensor:
-        """The gated delta rule of arXiv 2412.06464 as arXiv 2606.04048 uses it: [M, B·T, d] -> same."""
-        heads, key_dim, value_dim = self.shape.heads, self.shape.head_dim, self.shape.value_head_dim
-        keys, values = heads * key_dim, heads * value_dim
-        x = rms_norm(x, block["mixer_norm"], self.norm_epsilon)
-
-        # q, k and v share one matrix product, and so do the two gates: [M, B·T, 2·keys + values], [M, B·T, 2·heads].
-        qkv = linear(x, torch.cat([block["q"], block["k"], block["v"]], dim=1))
-        gates = linear(x, torch.cat([block["alpha_projection"], block["beta_projection"]], dim=1))
-        alpha, beta = gates.chunk(2, dim=-1)
-        output_gate = linear(x, block["g"])
-        taps = torch.cat([block["q_conv"], block["k_conv"], block["v_conv"]], dim=1)
-        convolved = F.silu(short_conv(qkv.unflatten(1, (batch, length)), taps))  # [M, B, T, channels]
-
-        def per_head(channels: Tensor, size: int) -> Tensor:
-            """[M, B, T, H·size] -> [M, B, H, T, size]"""
-            return channels.unflatten(-1, (heads, size)).transpose(2, 3)
-
-        q, k, v = convolved.split((keys, keys, values), dim=-1)
-        q_head, k_head, v_head = per_head(q, key_dim), per_head(k, key_dim), per_head(v, value_dim)
-        q_unit, k_unit = l2_norm(q_head), l2_norm(k_head)
-
-        # Gates, one number per token and head: α = exp(log_alpha) forgets, β writes.
-        alpha_preactivation = alpha + block["dt_bias"][:, None]
-        log_alpha = -block["A_log"].exp()[:, None] * F.softplus(alpha_preactivation)
-        writing = beta.sigmoid()
-
-        def folded_gate(per_token: Tensor) -> Tensor:
-            """[M, B·T, H] -> [M·B·H, T]"""
-            return per_token.unflatten(1, (batch, length)).transpose(2, 3).reshape(-1, length)
-
-        o, state = gated_delta_rule(
-            q_unit.reshape(-1, length, key_dim),
-            k_unit.reshape(-1, length, key_dim),
-            v_head.reshape(-1, length, value_dim),
-            folded_gate(log_alpha),
-            folded_gate(writing),
-            output_final_state=record is not None,
-        )
-        o = o.view(self.members, batch, heads, length, value_dim).transpose(2, 3)  # [M, B, T, H, V]
-        normed = rms_norm(o, block["o_norm"], self.norm_epsilon) * F.silu(
-            output_gate.unflatten(1, (batch, length)).unflatten(-1, (heads, value_dim))
-        )
-        output = linear(normed.reshape(self.members, batch * length, values), block["o"])
-
-        if record is None or state is None:
-            return output
-        q_projected, k_projected, v_projected = qkv.split((keys, keys, values), dim=-1)
-        for quantity, activation in {
-            "q_projected": q_projected,
-            "k_projected": k_projected,
-            "v_projected": v_projected,
-            "q_conv": q,
-            "k_conv": k,
-            "v_conv": v,
-            "q": q_unit,
-            "k": k_unit,
-            "alpha_preactivation": alpha_preactivation,
-            "beta_preactivation": beta,
-            "alpha": log_alpha.exp(),
-            "log_alpha": log_alpha,
-            "beta": writing,
-            "state": state.view(self.members, batch, heads, key_dim, value_dim),
-            "o": o,
-            "o_normed": normed,
-            "mixer_output": output,
-        }.items():
-            record(quantity, activation)
-        return output
-
-    def _mlp(self, block: dict[str, nn.Parameter], x: Tensor, record: RecordAtLayer | None) -> Tensor:
-        """The gated MLP, W_down (SiLU(W_gate x) ⊙ W_up x): [M, B·T, d] -> same."""
-        x = rms_norm(x, block["mlp_norm"], self.norm_epsilon)
-        hidden = F.silu(linear(x, block["mlp_gate"])) * linear(x, block["mlp_up"])
-        output = linear(hidden, block["mlp_down"])
-        if record:
-            record("mlp_hidden", hidden)
-            record("mlp_output", output)
-        return output
+            record("residual", shape.layers - 1, x)
+            record("final_norm", OUTSIDE_BLOCKS, h)
+        # The multiplier of an untied readout is 1 under every rule set.
+        return h * self.logits_multiplier[:, None, None].to(h.dtype) if shape.tied_embeddings else h
 
 
 def _record_at(record: Record, layer: int, quantity: str, activation: Tensor) -> None:
     record(quantity, layer, activation)
-
-
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Each member's own linear map: [M, N, fan_in] with [M, fan_out, fan_in] -> [M, N, fan_out]."""
-    return torch.bmm(x, weight.transpose(1, 2))
-
-
-def rms_norm(x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
-    """x / √(mean(x²) + ε) over the last axis, times each member's gain [M, size]; x is [M, ..., size]."""
-    gain = gain.view(gain.shape[0], *[1] * (x.dim() - 2), gain.shape[1])
-    return _Normalize.apply(x, x.shape[-1], epsilon) * gain
-
-
-def l2_norm(x: Tensor, epsilon: float = 1e-6) -> Tensor:
-    """x / √(Σ x² + ε) over the last axis, as fla normalises q and k."""
-    return _Normalize.apply(x, 1, epsilon)
-
-
-class _Normalize(torch.autograd.Function):
-    """y = r x with r = (Σ x² / count + ε)^−½ over the last axis.
-
-    Written out because its gradient, r (∂y − y ⟨y, ∂y⟩ / count), takes half of the passes that autograd takes.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, count: int, epsilon: float) -> Tensor:
-        factor = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / count + epsilon).rsqrt()
-        y = x * factor
-        ctx.count = count
-        ctx.save_for_backward(y, factor)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        y, factor = ctx.saved_tensors
-        along = (grad * y).sum(-1, keepdim=True) / ctx.count
-        return torch.addcmul(grad, y, along, value=-1).mul_(factor), None, None
-
-
-def short_conv(x: Tensor, taps: Tensor) -> Tensor:
-    """Causal depthwise convolution over time: x [M, B, T, C], taps [M, C, size] -> [M, B, T, C].
-
-    The last tap multiplies the current token, the first the oldest, as in fla.
-    """
-    return _ShortConv.apply(x, taps)
-
-
-class _ShortConv(torch.autograd.Function):
-    """Written out because autograd would keep and pass over a padded copy of x for every tap."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, taps: Tensor) -> Tensor:
-        ctx.save_for_backward(x, taps)
-        weights = taps[:, None, None].unbind(-1)  # the oldest tap first, each [M, 1, 1, C]
-        out = x * weights[-1]
-        for delay, weight in enumerate(reversed(weights[:-1]), start=1):
-            out[:, :, delay:].addcmul_(x[:, :, :-delay], weight)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, taps = ctx.saved_tensors
-        weights = taps[:, None, None].unbind(-1)
-        grad_x = grad * weights[-1]
-        grad_taps = [(grad * x).sum((1, 2))]
-        for delay, weight in enumerate(reversed(weights[:-1]), start=1):
-            grad_x[:, :, :-delay].addcmul_(grad[:, :, delay:], weight)
-            grad_taps.append((grad[:, :, delay:] * x[:, :, :-delay]).sum((1, 2)))
-        return grad_x, torch.stack(grad_taps[::-1], -1)
 
 
 @torch.no_grad()
@@ -305,7 +265,7 @@ def initialize(
     for name, weight in model.weights.items():
         info = base_table[name]
         generator = torch.Generator().manual_seed(_stream(seed, name))
-        draw = _draw(name, info, tuple(weight.shape[1:]), scale, generator)
+        draw = _draw(name, info, tuple(weight.shape[1:]), scale, generator).to(weight.device)
         for member, scaling in enumerate(members):
             # Scalars and gains (A_log, dt_bias, norms) have init multiplier 1 under every rule set.
             weight[member] = draw * scaling.parameters[name].init_std

@@ -1,11 +1,14 @@
 """Train members side by side: every (rule set, learning rate) of one width, optimizer and seed.
 
+As many as a core's cache or a GPU's memory holds train at once, as a group, and groups follow one another.
 All members see the same batches in the same order, so that differences between learning rates and between
 rule sets are paired.
 """
 
+import gc
+import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,16 +17,19 @@ import torch
 from torch import Tensor
 
 from gdn_mup.corpus.tokens import TokenFile
-from gdn_mup.measurement.evaluation import held_out_losses, member_losses
+from gdn_mup.errors import UserError
+from gdn_mup.measurement.evaluation import held_out_losses
 from gdn_mup.model.config import GrowthMode, ModelSettings, ModelShape, model_shape
 from gdn_mup.model.language_model import LanguageModel, initialize, parameter_table
 from gdn_mup.progress import Report, silent
 from gdn_mup.scaling.apply import ModelScaling, distinct_rules, scale_rule_sets
-from gdn_mup.training.checkpoint import load_checkpoint, save_checkpoint
-from gdn_mup.training.clipping import clip, gradient_norms, norm_weights
+from gdn_mup.training.checkpoint import Position, load_checkpoint, save_checkpoint
+from gdn_mup.training.clipping import norm_weights
 from gdn_mup.training.config import OptimizerName, TrainingSettings
-from gdn_mup.training.optimizers import MemberOptimizer
+from gdn_mup.training.optimizers import MemberOptimizer, Optimizer
 from gdn_mup.training.schedule import learning_rate_factor
+
+log = logging.getLogger(__name__)
 
 # Activations of one kind, members × tokens × width, that a core works on at a time. Measured on the laptop
 # study: at width 128 groups of 8 members train 12 % faster than 20 at once; at width 32 all at once is best.
@@ -90,7 +96,7 @@ def distinct_members(scaled: Scaled, learning_rates: Sequence[float]) -> tuple[l
 
 
 class Trainer:
-    """Members, their optimizer and the data they share: `backward`, then `update`, for all of them at once."""
+    """Members, their optimizer and the data they share; a `step` is `backward`, then `update`, of all of them."""
 
     def __init__(
         self,
@@ -105,115 +111,179 @@ class Trainer:
     ) -> None:
         self.training, self.seed, self.tokens, self.device = training, seed, tokens, torch.device(device)
         scalings = [scaled.scalings[member.rules] for member in members]
-        self.model = LanguageModel(scaled.target, len(members), model.norm_epsilon)
+        self.model = LanguageModel(scaled.target, len(members), model.norm_epsilon, device=self.device)
         initialize(self.model, scaled.base, model.initial_scale, scalings, seed)
-        self.model.to(self.device)
-        self.optimizer = MemberOptimizer(
-            optimizer, self.model.weights, scalings, [m.learning_rate for m in members], training
-        )
         sgd_scalings = [scaled.sgd_scalings[member.rules] for member in members]
-        self._norm_weights = norm_weights(training.clipping, sgd_scalings, list(self.model.weights), self.device)
+        self.optimizer = self._optimizer(
+            optimizer,
+            scalings,
+            [member.learning_rate for member in members],
+            norm_weights(training.clipping, sgd_scalings, list(self.model.weights), self.device),
+        )
+
+    def _optimizer(
+        self,
+        optimizer: OptimizerName,
+        scalings: Sequence[ModelScaling],
+        learning_rates: Sequence[float],
+        norm_weights: Mapping[str, Tensor],
+    ) -> Optimizer:
+        return MemberOptimizer(optimizer, self.model, scalings, learning_rates, norm_weights, self.training)
 
     def batch(self, step: int) -> Tensor:
         """Token ids [B, T + 1] of update `step` = 0, 1, …"""
         ids = self.tokens.batch(self.seed, step, self.training.batch_size, self.training.context_length)
         return torch.from_numpy(ids).to(self.device)
 
+    def step(self, step: int, factor: float) -> tuple[Tensor, Tensor]:
+        """One update on the step's batch: what `backward` and `update` return."""
+        return self.backward(step), self.update(factor)
+
     def backward(self, step: int) -> Tensor:
         """Losses [M] of the step's batch; leaves their gradients on the parameters."""
-        self.model.zero_grad(set_to_none=True)
-        losses = member_losses(self.model, self.batch(step))
+        return self._backward(self.batch(step))
+
+    def _backward(self, batch: Tensor) -> Tensor:
+        self.model.zero_grad()
+        losses = self.model.losses(batch)
         losses.sum().backward()  # members share nothing, so each gets the gradient of its own loss
         return losses.detach()
 
     def gradients(self) -> dict[str, Tensor]:
         """The gradients [M, ...] that `backward` left."""
-        return {name: weight.grad for name, weight in self.model.weights.items() if weight.grad is not None}
+        return self.model.gradients()
 
     def update(self, factor: float) -> Tensor:
         """Clip and take one update at `factor` times the peak learning rates; norms [M] before clipping."""
-        gradients = self.gradients()
-        norms = gradient_norms(gradients, self._norm_weights)
-        if self.training.clipping != "none":
-            clip(gradients, norms, self.training.clip_norm)
-        self.optimizer.step(factor)
-        return norms
+        return self.optimizer.step(factor)
 
     def state(self) -> dict[str, Tensor]:
         """Parameters and optimizer state as flat named tensors, for a checkpoint."""
-        weights = {f"weights.{name}": weight.detach() for name, weight in self.model.weights.items()}
-        return weights | {f"optimizer.{name}": tensor for name, tensor in self.optimizer.state().items()}
+        optimizer = {f"optimizer.{name}": tensor for name, tensor in self.optimizer.state().items()}
+        return {"flat": self.model.flat, **optimizer}
 
-    @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Continue from what `state` gave."""
-        for name, weight in self.model.weights.items():
-            weight.copy_(tensors[f"weights.{name}"])
+        self.model.flat.copy_(tensors["flat"])
         self.optimizer.load_state(_under("optimizer.", tensors))
 
 
-def group_members(members: Sequence[Member], width: int, tokens_a_step: int) -> list[Sequence[Member]]:
-    """Members in groups whose activations stay in a core's cache: on a CPU, more at once are slower."""
-    size = max(1, ACTIVATIONS_IN_CACHE // (width * tokens_a_step))
-    return [members[i : i + size] for i in range(0, len(members), size)]
+def members_in_cache(width: int, tokens_a_step: int) -> int:
+    """How many members' activations stay in a core's cache: on a CPU, more at once are slower."""
+    return max(1, ACTIVATIONS_IN_CACHE // (width * tokens_a_step))
 
 
 def train(
-    groups: Sequence[Trainer],
+    members: Sequence[Member],
+    make_trainer: Callable[[Sequence[Member]], Trainer],
+    group_size: int,
+    width: int,
+    training: TrainingSettings,
     validation: TokenFile,
     *,
     checkpoint: Path | None = None,
     settings_hash: str = "",
     checkpoint_seconds: float = 120.0,
     report: Report = silent,
+    report_seconds: float = 0.25,
 ) -> Curves:
-    """Train all groups to the end, step by step together, going on from the checkpoint if there is one.
+    """Train all members to the end, `group_size` of them at a time, going on from the checkpoint if there is one.
 
-    Groups have the same settings, seed and tokens; the curves have the members of all of them in order.
-    The checkpoint is written every `checkpoint_seconds` and removed when training is complete.
+    A group trains through all its steps and is freed before the next one is built. A group that does not fit
+    in the device's memory starts again with half the members, and so do those after it. After a checkpoint
+    the groups keep the size that they had.
+
+    Args:
+        members: whom to train; the curves have them in this order.
+        make_trainer: builds the trainer of a group.
+        group_size: members of a group; the last one may have fewer.
+        width: that of the members, for messages.
+        training: their settings.
+        validation: tokens of the held-out losses.
+        checkpoint: written every `checkpoint_seconds`, and removed when training is complete.
+        settings_hash: which settings the checkpoint belongs to.
+        report: called with the updates done, counted over all members, at most every `report_seconds`, since
+            a GPU is waited for each time, and after the last step of a group.
+
+    Raises:
+        UserError: a single member does not fit in the device's memory, or the checkpoint belongs to others.
     """
-    training, members = groups[0].training, sum(group.model.members for group in groups)
     held_out = torch.from_numpy(
         validation.fixed_batches(training.evaluation_batches, training.batch_size, training.context_length)
-    ).to(groups[0].device)
+    )
     evaluation_step = sorted({*range(0, training.steps, training.evaluate_every), training.steps})
     curves = {
-        "train_loss": torch.full((members, training.steps), torch.nan),
-        "grad_norm": torch.full((members, training.steps), torch.nan),
-        "val_loss": torch.full((members, len(evaluation_step)), torch.nan),
-        "seconds": torch.zeros((), dtype=torch.float64),
+        "train_loss": torch.full((len(members), training.steps), torch.nan),
+        "grad_norm": torch.full((len(members), training.steps), torch.nan),
+        "val_loss": torch.full((len(members), len(evaluation_step)), torch.nan),
     }
-    start = 0
+    position = Position(trained_members=0, group_size=group_size, step=0)
+    state: dict[str, Tensor] = {}
+    seconds_before = 0.0
     if checkpoint and (saved := load_checkpoint(checkpoint, settings_hash)):
-        tensors, start = saved
-        curves = _under("curves.", tensors)
-        for i, group in enumerate(groups):
-            group.load_state(_under(f"group{i}.", tensors))
+        tensors, position = saved
+        curves, state = _under("curves.", tensors), _under("group.", tensors)
+        seconds_before = float(tensors.pop("seconds"))
+        tensors.clear()
+    began = last_saved = last_reported = time.monotonic()
+    updates = 0  # since `began`, counted over members
 
-    def evaluate() -> Tensor:
-        return torch.cat([held_out_losses(group.model, held_out) for group in groups])
+    def train_group(position: Position, state: dict[str, Tensor]) -> None:
+        nonlocal last_saved, last_reported, updates
+        trained, size, start = position
+        group = members[trained : trained + size]
+        trainer = make_trainer(group)
+        if state:
+            trainer.load_state(state)
+            state.clear()
+        batches = held_out.to(trainer.device)
+        # On the trainer's device, so that a GPU is not waited for after every step.
+        own = {name: curve[trained : trained + size].to(trainer.device) for name, curve in curves.items()}
 
-    tokens_a_step = members * training.batch_size * training.context_length
-    before, began = float(curves["seconds"]), time.monotonic()
-    last_saved = began
-    for step in range(start, training.steps):
-        if step in evaluation_step:
-            curves["val_loss"][:, evaluation_step.index(step)] = evaluate()
-        factor = learning_rate_factor(step, training)
-        results = [(group.backward(step), group.update(factor)) for group in groups]
-        losses, norms = (torch.cat(parts) for parts in zip(*results, strict=True))
-        curves["train_loss"][:, step], curves["grad_norm"][:, step] = losses, norms
-        now = time.monotonic()
-        curves["seconds"].fill_(before + now - began)
-        rate = (step + 1 - start) * tokens_a_step / (now - began)
-        report(step + 1, f"loss {_best(losses):.3f}, {rate:,.0f} tokens/s")
-        if checkpoint and now - last_saved >= checkpoint_seconds:
-            last_saved = now
-            tensors = {f"curves.{name}": curve for name, curve in curves.items()}
-            for i, group in enumerate(groups):
-                tensors |= {f"group{i}.{name}": tensor for name, tensor in group.state().items()}
-            save_checkpoint(checkpoint, tensors, settings_hash, step + 1)
-    curves["val_loss"][:, -1] = evaluate()
+        def bring_over() -> None:
+            for name, curve in own.items():
+                curves[name][trained : trained + size] = curve
+
+        for step in range(start, training.steps):
+            if step in evaluation_step:
+                own["val_loss"][:, evaluation_step.index(step)] = held_out_losses(trainer.model, batches)
+            losses, norms = trainer.step(step, learning_rate_factor(step, training))
+            own["train_loss"][:, step], own["grad_norm"][:, step] = losses, norms
+            updates += len(group)
+            now = time.monotonic()
+            if now - last_reported >= report_seconds or step + 1 == training.steps:
+                best = _best(losses)
+                last_reported = time.monotonic()
+                rate = updates * training.batch_size * training.context_length / (last_reported - began)
+                done = trained * training.steps + len(group) * (step + 1)
+                report(done, f"loss {best:.3f}, {rate:,.0f} tokens/s")
+            if checkpoint and now - last_saved >= checkpoint_seconds:
+                last_saved = now
+                bring_over()
+                tensors = {f"curves.{name}": curve for name, curve in curves.items()}
+                tensors |= {f"group.{name}": tensor for name, tensor in trainer.state().items()}
+                tensors["seconds"] = torch.tensor(seconds_before + now - began, dtype=torch.float64)
+                save_checkpoint(checkpoint, tensors, settings_hash, position._replace(step=step + 1))
+        own["val_loss"][:, -1] = held_out_losses(trainer.model, batches)
+        bring_over()
+
+    while (trained := position.trained_members) < len(members):
+        try:
+            train_group(position, state)
+            position = Position(trained + position.group_size, position.group_size, 0)
+        except torch.OutOfMemoryError:
+            size = min(position.group_size, len(members) - trained)
+            if size == 1:
+                raise UserError(
+                    f"width {width}: a single member does not fit in the device's memory with training.batch_size "
+                    f"{training.batch_size}; make batch_size smaller or use a device with more memory"
+                ) from None
+            position = Position(trained, size // 2, 0)
+            log.warning("Out of memory: %d members of width %d at once; going on with %d", size, width, size // 2)
+        state.clear()
+        # What the group leaves goes back to the device before the next one asks for memory.
+        gc.collect()
+        torch.cuda.empty_cache()
     if checkpoint:
         checkpoint.unlink(missing_ok=True)
 
@@ -231,7 +301,7 @@ def train(
         evaluation_step=np.array(evaluation_step),
         val_loss=curves["val_loss"].numpy(),
         diverged=(~(final <= untrained)).numpy(),
-        seconds=before + time.monotonic() - began,
+        seconds=seconds_before + time.monotonic() - began,
     )
 
 

@@ -1,0 +1,163 @@
+"""Training on a GPU: fused operations, one optimizer kernel for all members, and the whole step as one CUDA graph.
+
+A step of a small model is hundreds of kernels of a few microseconds each, less than what launching one costs the
+CPU. So the step is recorded once and replayed: what changes from step to step (the batch, the learning rates'
+factor) is copied into fixed places on the device before, and nothing waits for the device.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdn_mup.kernels.optimizer import adamw_step, gradient_norms, parameter_index, sgd_step
+from gdn_mup.model.fused_operations import FusedOperations
+from gdn_mup.model.language_model import LanguageModel
+from gdn_mup.scaling.apply import ModelScaling
+from gdn_mup.training.config import OptimizerName, TrainingSettings
+from gdn_mup.training.sweep import Trainer
+
+EAGER_STEPS = 2  # steps before the recording: kernels compile and libraries set themselves up in the first
+
+
+class FusedOptimizer:
+    """AdamW or SGD for all members of a model, with clipping: the same arithmetic as `MemberOptimizer`.
+
+    Every member and parameter has its own learning rate, weight decay and ε. `gradient` [M, P] is where the
+    model's fused operations leave gradients; `norm_weights` says what each parameter's ‖g‖² weighs, name -> [M].
+    """
+
+    def __init__(
+        self,
+        optimizer: OptimizerName,
+        model: LanguageModel,
+        gradient: Tensor,
+        scalings: Sequence[ModelScaling],
+        learning_rates: Sequence[float],
+        norm_weights: Mapping[str, Tensor],
+        training: TrainingSettings,
+    ) -> None:
+        self._name, self._training, self._values, self._gradient = optimizer, training, model.flat, gradient
+        names, device = list(model.layout.parameters), model.flat.device
+
+        def coefficients(value: Callable[[int, str], float]) -> Tensor:
+            """[M, parameters]"""
+            rows = [[value(member, name) for name in names] for member in range(model.members)]
+            return torch.tensor(rows, dtype=torch.float32, device=device)
+
+        def decay(member: int, name: str) -> float:
+            # Gains and gate scalars (vectors) do not decay, as in fla and most language models.
+            matrix = model.weights[name].dim() > 2
+            return training.weight_decay * scalings[member].parameters[name].weight_decay if matrix else 0.0
+
+        self._rates = coefficients(lambda m, name: learning_rates[m] * scalings[m].parameters[name].learning_rate)
+        self._decays = coefficients(decay)
+        self._epsilons = coefficients(lambda m, name: training.epsilon * scalings[m].parameters[name].epsilon)
+        self._norm_weights = torch.stack([norm_weights[name] for name in names], 1).contiguous()
+        places = [(model.layout.parameters[name].offset, model.layout.parameters[name].size) for name in names]
+        self._index = parameter_index(places, model.layout.size, device)
+        self._mean = torch.zeros_like(model.flat)
+        self._square = torch.zeros_like(model.flat) if optimizer == "adamw" else None
+        self._updates = 0
+        self._scalars = torch.zeros(3, device=device)
+
+    def step(self, factor: float) -> Tensor:
+        """Clip and take one update at `factor` times the peak learning rates; norms [M] before clipping."""
+        self.prepare(factor)
+        return self.apply()
+
+    def prepare(self, factor: float) -> None:
+        """Tell the device which update comes next, at `factor` times the peak learning rates."""
+        self._updates += 1
+        beta1, beta2 = self._training.momentum, self._training.beta2
+        self._scalars.copy_(torch.tensor([factor, 1 - beta1**self._updates, 1 - beta2**self._updates]))
+
+    def apply(self) -> Tensor:
+        """Take the update that was prepared; gradient norms [M] before clipping. Runs on the device alone."""
+        training = self._training
+        norms = gradient_norms(self._gradient, self._index, self._norm_weights)
+        clip = torch.ones_like(norms)
+        if training.clipping != "none":
+            clip = (training.clip_norm / norms).clamp(max=1.0)  # NaN for a member that has diverged
+        coefficients = self._index, self._rates, self._decays
+        if self._square is not None:
+            adamw_step(
+                self._values, self._gradient, self._mean, self._square, *coefficients, self._epsilons, clip,
+                self._scalars, training.momentum, training.beta2,
+            )  # fmt: skip
+        else:
+            sgd_step(
+                self._values, self._gradient, self._mean, *coefficients, clip, self._scalars, training.momentum
+            )  # fmt: skip
+        return norms
+
+    def state(self) -> dict[str, Tensor]:
+        """Momenta and the number of updates, for a checkpoint."""
+        square = {} if self._square is None else {"square": self._square}
+        return {"mean": self._mean, **square, "updates": torch.tensor(self._updates)}
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Continue from what `state` gave."""
+        self._mean.copy_(tensors["mean"])
+        if self._square is not None:
+            self._square.copy_(tensors["square"])
+        self._updates = int(tensors["updates"])
+
+
+class Captured:
+    """A function of no arguments that runs on the device alone: called as it is at first, then replayed as a graph.
+
+    Its results are tensors that the next call overwrites.
+    """
+
+    def __init__(self, function: Callable[[], Any], eager_calls: int = EAGER_STEPS) -> None:
+        self._function, self._eager_calls, self._calls = function, eager_calls, 0
+        self._stream = torch.cuda.Stream()
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._result: Any = None
+
+    def __call__(self) -> Any:
+        self._calls += 1
+        if self._calls <= self._eager_calls:
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                self._result = self._function()
+            torch.cuda.current_stream().wait_stream(self._stream)
+            return self._result
+        if self._graph is None:
+            self._result = None  # its memory, and all that the eager calls left, is free for the graph's own
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, stream=self._stream):
+                self._result = self._function()
+        self._graph.replay()
+        return self._result
+
+
+class GpuTrainer(Trainer):
+    """A trainer whose steps are fused kernels, replayed as one graph."""
+
+    def _optimizer(
+        self,
+        optimizer: OptimizerName,
+        scalings: Sequence[ModelScaling],
+        learning_rates: Sequence[float],
+        norm_weights: Mapping[str, Tensor],
+    ) -> FusedOptimizer:
+        operations = FusedOperations(self.model)
+        self.model.operations = operations
+        fused = FusedOptimizer(
+            optimizer, self.model, operations.gradient, scalings, learning_rates, norm_weights, self.training
+        )
+        shape = self.training.batch_size, self.training.context_length + 1
+        batch = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        self._fused, self._batch = fused, batch
+        self._captured = Captured(lambda: (self._backward(batch), fused.apply()))
+        return fused
+
+    def step(self, step: int, factor: float) -> tuple[Tensor, Tensor]:
+        """One update on the step's batch: losses and gradient norms [M], which the next step overwrites."""
+        self._batch.copy_(self.batch(step))
+        self._fused.prepare(factor)
+        losses, norms = self._captured()
+        return losses, norms
