@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from workflow_copy import ROOT
 
@@ -162,3 +163,20 @@ def test_a_width_that_does_not_exist_is_caught_before_training(study: Path, tmp_
     (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(wrong))
     done = gdn_mup("plan", "--study", tmp_path / "wrong.yaml")
     assert done.returncode == 2 and "sweeps[0].widths: width 20" in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_asking_for_a_gpu_where_there_is_none_says_so(study: Path, made: dict[str, Path], tmp_path: Path) -> None:
+    job = ("--growth", "heads", "--optimizer", "adamw", "--width", 16, "--seed", 0, "--output", tmp_path / "job.nc")
+    done = gdn_mup("sweep", "--study", study, "--corpus", made["corpus"], *job, "--device", "cuda")
+    assert done.returncode == 2
+    assert (
+        done.stderr == "error: --device: cuda: torch finds no NVIDIA GPU here; use --device cpu, or see `nvidia-smi`\n"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_warm_up_without_anything_to_do_says_what_it_does() -> None:
+    done = gdn_mup("warm-up")
+    assert done.returncode == 2
+    assert done.stderr == "error: warm-up: nothing to do; give --study, --pack or --unpack\n"

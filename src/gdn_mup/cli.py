@@ -2,8 +2,9 @@
 
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -38,6 +39,7 @@ OptimizerOption = Annotated[str, typer.Option(help="`adamw` or `sgd`.")]
 WidthOption = Annotated[int, typer.Option(help="Width of the residual stream.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of the init and of the order of the data.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; the libraries' own choice by default.")]
+Device = Annotated[str, typer.Option(help="`cpu`, `cuda`, or `auto`: an NVIDIA GPU if there is one.")]
 
 
 def main() -> None:
@@ -128,6 +130,7 @@ def sweep(
         typer.Option(help="Where a killed job leaves off and goes on; beside the output by default."),
     ] = None,
     threads: Threads = None,
+    device: Device = "auto",
 ) -> None:
     """Train every rule set and learning rate of one width, side by side, on the same batches."""
     from gdn_mup.progress import progress
@@ -137,26 +140,26 @@ def sweep(
     job = Job("lr_sweep", growth, optimizer, width, seed)  # type: ignore[arg-type]
     experiment = loaded.experiment_of(job)
     assert isinstance(experiment, Sweep)
-    from gdn_mup.training.sweep import distinct_members, members_in_cache, train
+    from gdn_mup.training.sweep import distinct_members, train
 
     settings = loaded.settings_of(job)
-    scaled, tokens, validation, make_trainer = _prepare(loaded, job, corpus, threads)
+    ready = _prepare(loaded, job, corpus, threads, device)
     rates = experiment.learning_rates.values
-    members, stands_for = distinct_members(scaled, rates)
+    members, stands_for = distinct_members(ready.scaled, rates)
     training = loaded.training_of(experiment)
     with progress(_title(job), training.steps * len(members)) as report:
         curves = train(
             members,
-            make_trainer,
-            members_in_cache(width, training.batch_size * training.context_length),
+            ready.make_trainer,
+            ready.group_size(members),
             width,
             training,
-            validation,
+            ready.validation,
             checkpoint=checkpoint or output.with_name(f".{output.name}.checkpoint"),
             settings_hash=settings_hash(settings),
             report=report,
         )
-    _write_job(_sweep_dataset(curves, members, stands_for, rates, training), job, settings, tokens, output)
+    _write_job(_sweep_dataset(curves, members, stands_for, rates, training), job, settings, ready, output)
 
 
 @app.command()
@@ -169,6 +172,7 @@ def coordinates(
     seed: SeedOption,
     output: Output,
     threads: Threads = None,
+    device: Device = "auto",
 ) -> None:
     """Measure the sizes of activations, gradients and updates of one width over a few steps."""
     import torch
@@ -183,14 +187,59 @@ def coordinates(
     check = loaded.experiment_of(job)
     assert isinstance(check, CoordinateCheck)
     training = loaded.training_of(check)
-    _, tokens, validation, make_trainer = _prepare(loaded, job, corpus, threads)
+    ready = _prepare(loaded, job, corpus, threads, device)
     members = [Member(rules, check.learning_rate) for rules in check.rules]
-    trainer = make_trainer(members)
-    probe = validation.fixed_batches(1, check.probe_sequences, training.context_length)[0, :, :-1]
+    trainer = ready.make_trainer(members)
+    probe = ready.validation.fixed_batches(1, check.probe_sequences, training.context_length)[0, :, :-1]
     with progress(_title(job), max(check.steps) + 1) as report:
         sizes = coordinate_check(trainer, members, check.steps, torch.from_numpy(probe), report)
     sizes.attrs["learning_rate"] = check.learning_rate
-    _write_job(sizes, job, loaded.settings_of(job), tokens, output)
+    _write_job(sizes, job, loaded.settings_of(job), ready, output)
+
+
+@app.command("warm-up")
+def warm_up(
+    study: Annotated[
+        Path | None, typer.Option("--study", help="Compile the kernels of every job of this study.")
+    ] = None,
+    pack: Annotated[Path | None, typer.Option(help="Write this machine's compiled kernels to this file.")] = None,
+    unpack: Annotated[Path | None, typer.Option(help="First add the kernels of such a file to this machine's.")] = None,
+) -> None:
+    """Compile a study's GPU kernels ahead of training, and carry them to other machines in one file.
+
+    A file serves machines with the same GPU model and the same version of Triton; elsewhere kernels compile anew.
+    """
+    if not (study or pack or unpack):
+        raise UserError("warm-up: nothing to do; give --study, --pack or --unpack")
+    from gdn_mup.kernels import cache
+
+    console = _console()
+    if unpack:
+        console.print(f"{cache.unpack(unpack)} kernels from {unpack} to {cache.cache_folder()}")
+    if study:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UserError(
+                "--study: kernels are compiled for the GPU at hand, and torch finds none (see `nvidia-smi`)"
+            )
+        from gdn_mup.progress import progress
+        from gdn_mup.study.plan import load_study
+        from gdn_mup.training.gpu import compile_kernels
+        from gdn_mup.training.sweep import scaled_model
+
+        loaded = load_study(study)
+        jobs = {job[1:4]: job for kind in ("lr_sweep", "coordinates") for job in loaded.jobs(kind)}
+        with progress(f"compiling for {study}", len(jobs)) as report:
+            for done, job in enumerate(jobs.values(), start=1):
+                experiment = loaded.experiment_of(job)
+                scaled = scaled_model(
+                    loaded.model, job.width, job.growth, loaded.corpus.vocabulary_size, experiment.rules, job.optimizer
+                )
+                compile_kernels(scaled, loaded.model, loaded.training_of(experiment), job.optimizer)
+                report(done, f"width {job.width}")
+    if pack:
+        console.print(f"{cache.pack(pack)} kernels from {cache.cache_folder()} to {pack}")
 
 
 @app.command()
@@ -222,31 +271,71 @@ def _title(job: "Job") -> str:
     return f"{job.kind}: {job.growth}, {job.optimizer}, width {job.width}, seed {job.seed}"
 
 
-def _prepare(study: "Study", job: "Job", corpus: Path, threads: int | None) -> tuple[Any, ...]:
-    """The scaled model, training and validation tokens, and what makes a trainer of a job's members."""
+class _Ready(NamedTuple):
+    """What a job needs before it trains."""
+
+    scaled: Any
+    tokens: Any
+    validation: Any
+    make_trainer: Callable[[Any], Any]  # of members
+    group_size: Callable[[Any], int]  # how many of these members train at once
+    device: str  # its name
+
+
+def _prepare(study: "Study", job: "Job", corpus: Path, threads: int | None, device: str) -> _Ready:
     from functools import partial
 
     import torch
 
     from gdn_mup.corpus.tokens import TokenFile
-    from gdn_mup.training.sweep import Trainer, scaled_model
+    from gdn_mup.study.provenance import processor
+    from gdn_mup.training.sweep import Trainer, members_in_cache, scaled_model
 
+    cuda = _use_cuda(device)
     if threads:
         torch.set_num_threads(threads)
     torch.set_flush_denormal(True)  # a vanishing gradient must not slow the arithmetic down
     tokens, validation = (TokenFile.open(corpus / f"{part}.tokens") for part in ("train", "validation"))
     experiment = study.experiment_of(job)
+    training = study.training_of(experiment)
     scaled = scaled_model(study.model, job.width, job.growth, tokens.vocabulary_size, experiment.rules, job.optimizer)
+    trainer = Trainer
+    if cuda:
+        from gdn_mup.training.gpu import GpuTrainer
+
+        trainer = GpuTrainer
     make_trainer = partial(
-        Trainer,
+        trainer,
         scaled=scaled,
         model=study.model,
-        training=study.training_of(experiment),
+        training=training,
         optimizer=job.optimizer,
         seed=job.seed,
         tokens=tokens,
+        device="cuda" if cuda else "cpu",
     )
-    return scaled, tokens, validation, make_trainer
+
+    def group_size(members: Any) -> int:
+        if not cuda:
+            return members_in_cache(job.width, training.batch_size * training.context_length)
+        from gdn_mup.training.memory import members_that_fit
+
+        batches = validation.fixed_batches(1, training.batch_size, training.context_length)
+        return members_that_fit(members, make_trainer, torch.from_numpy(batches))
+
+    name = torch.cuda.get_device_name() if cuda else processor()
+    return _Ready(scaled, tokens, validation, make_trainer, group_size, name)
+
+
+def _use_cuda(device: str) -> bool:
+    import torch
+
+    available = torch.cuda.is_available()
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device: {device!r}: use auto, cpu or cuda")
+    if device == "cuda" and not available:
+        raise UserError("--device: cuda: torch finds no NVIDIA GPU here; use --device cpu, or see `nvidia-smi`")
+    return available and device != "cpu"
 
 
 def _sweep_dataset(
@@ -278,17 +367,17 @@ def _sweep_dataset(
     )
 
 
-def _write_job(dataset: "xr.Dataset", job: "Job", settings: dict[str, Any], tokens: Any, output: Path) -> None:
+def _write_job(dataset: "xr.Dataset", job: "Job", settings: dict[str, Any], ready: _Ready, output: Path) -> None:
     """Add the job's coordinates and provenance, and write its file."""
     from gdn_mup.study.datasets import write
-    from gdn_mup.study.provenance import processor, provenance
+    from gdn_mup.study.provenance import provenance
 
     dataset = dataset.assign_coords(growth=job.growth, optimizer=job.optimizer, width=job.width, seed=job.seed)
     dataset.attrs |= {
         "title": _title(job),
-        **provenance(settings, processor()),
-        "corpus_sha256": tokens.sha256,
-        "vocabulary_size": tokens.vocabulary_size,
+        **provenance(settings, ready.device),
+        "corpus_sha256": ready.tokens.sha256,
+        "vocabulary_size": ready.tokens.vocabulary_size,
     }
     write(dataset, output)
 

@@ -8,15 +8,18 @@ factor) is copied into fixed places on the device before, and nothing waits for 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gdn_mup.kernels.optimizer import adamw_step, gradient_norms, parameter_index, sgd_step
+from gdn_mup.measurement.evaluation import held_out_losses
+from gdn_mup.model.config import ModelSettings
 from gdn_mup.model.fused_operations import FusedOperations
 from gdn_mup.model.language_model import LanguageModel
 from gdn_mup.scaling.apply import ModelScaling
 from gdn_mup.training.config import OptimizerName, TrainingSettings
-from gdn_mup.training.sweep import Trainer
+from gdn_mup.training.sweep import Member, Scaled, Trainer
 
 EAGER_STEPS = 2  # steps before the recording: kernels compile and libraries set themselves up in the first
 
@@ -161,3 +164,17 @@ class GpuTrainer(Trainer):
         self._fused.prepare(factor)
         losses, norms = self._captured()
         return losses, norms
+
+
+def compile_kernels(scaled: Scaled, model: ModelSettings, training: TrainingSettings, optimizer: OptimizerName) -> None:
+    """Compile whatever a job of this shape runs on the current GPU, by training two members for a step on nothing."""
+
+    class Nothing:
+        def batch(self, seed: int, step: int, batch_size: int, context_length: int) -> np.ndarray:
+            return np.zeros((batch_size, context_length + 1), np.int64)
+
+    members = [Member(next(iter(scaled.scalings)), 0.0)] * 2
+    trainer = GpuTrainer(members, scaled, model, training, optimizer, 0, Nothing(), "cuda")  # type: ignore[arg-type]
+    trainer.step(0, 0.0)
+    held_out_losses(trainer.model, trainer.batch(0)[None])
+    torch.cuda.synchronize()
