@@ -12,6 +12,7 @@ from gdn_mup.model.language_model import LanguageModel, initialize, parameter_ta
 from gdn_mup.scaling.apply import scale_rule_sets
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.gpu
 
 from gdn_mup.model.fused_operations import FusedOperations
 from gdn_mup.training.clipping import norm_weights

@@ -1,17 +1,12 @@
 """The kernels around the delta rule against plain PyTorch in float64, outputs and every gradient."""
 
-import os
-
-import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 import pytest
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.gpu
 from gdn_mup.kernels import heads as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.gpu
 
 from gdn_mup.kernels.optimizer import adamw_step, gradient_norms, parameter_index, sgd_step
 

@@ -3,21 +3,16 @@
 On a GPU they run compiled, in bfloat16 too; elsewhere in Triton's interpreter.
 """
 
-import os
-
-import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 import math
 from collections.abc import Callable
 
 import pytest
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.gpu
 
 from gdn_mup.kernels import norm
 from gdn_mup.kernels.embedding import embed

@@ -1,0 +1,133 @@
+"""Training on a GPU against training on the CPU in float32, and the promises of the member axis there."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from gdn_mup.corpus.tokens import TokenFile
+from gdn_mup.model.config import ModelSettings
+from gdn_mup.training.config import TrainingSettings
+from gdn_mup.training.sweep import Member, Trainer, scaled_model, train
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+
+MODEL = ModelSettings(base_width=64, layers=2, heads=1, head_dim=64, value_head_dim=64)
+TRAINING = TrainingSettings(
+    steps=12, warmup_steps=2, batch_size=4, context_length=128, evaluate_every=6, evaluation_batches=2
+)
+WIDTH = 128
+MEMBERS = [Member(rules, 2.0**exponent) for rules in ("sp", "gdn_mup") for exponent in (-10, -8, -6)]
+
+
+def make_trainer(members: Sequence[Member], tokens: TokenFile, device: str, optimizer: str = "adamw") -> Trainer:
+    from gdn_mup.training.gpu import GpuTrainer
+
+    rules = ["sp", "gdn_mup"]
+    scaled = scaled_model(MODEL, WIDTH, "heads", tokens.vocabulary_size, rules, optimizer)  # type: ignore[arg-type]
+    kind = GpuTrainer if device == "cuda" else Trainer
+    return kind(members, scaled, MODEL, TRAINING, optimizer, 0, tokens, device)  # type: ignore[arg-type]
+
+
+def steps(trainer: Trainer, count: int = TRAINING.steps) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses and gradient norms [M, count] on the CPU."""
+    results = [tuple(x.cpu().clone() for x in trainer.step(step, 1.0)) for step in range(count)]
+    losses, norms = (torch.stack(column, 1) for column in zip(*results, strict=True))
+    return losses, norms
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_losses_follow_those_of_the_cpu(optimizer: str, tokens: TokenFile) -> None:
+    """bf16 products against float32: 1e-3 in the first loss, and what twelve steps make of that."""
+    on_gpu, gpu_norms = steps(make_trainer(MEMBERS, tokens, "cuda", optimizer))
+    on_cpu, cpu_norms = steps(make_trainer(MEMBERS, tokens, "cpu", optimizer))
+    print("largest relative difference of losses", float((on_gpu / on_cpu - 1).abs().max()))
+    torch.testing.assert_close(on_gpu[:, 0], on_cpu[:, 0], rtol=1e-3, atol=0)
+    torch.testing.assert_close(gpu_norms[:, 0], cpu_norms[:, 0], rtol=2e-2, atol=0)
+    torch.testing.assert_close(on_gpu, on_cpu, rtol=2e-2, atol=0)
+
+
+def test_gradients_are_those_of_the_cpu(tokens: TokenFile) -> None:
+    trainers = [make_trainer(MEMBERS, tokens, device) for device in ("cuda", "cpu")]
+    gradients = []
+    for trainer in trainers:
+        trainer.backward(0)
+        gradients.append({name: gradient.cpu() for name, gradient in trainer.gradients().items()})
+    found, expected = gradients
+    for name, gradient in expected.items():
+        for member in range(len(MEMBERS)):
+            difference = float((found[name][member] - gradient[member]).norm() / gradient[member].norm())
+            # Sums over all tokens of terms that nearly cancel: the gates' scalars.
+            assert difference <= (0.2 if name.endswith(("A_log", "dt_bias")) else 0.05), (name, member, difference)
+
+
+def test_replayed_steps_are_the_steps(tokens: TokenFile) -> None:
+    """The recorded graph against the same kernels launched one by one: the same bits."""
+    replayed, norms = steps(make_trainer(MEMBERS, tokens, "cuda"))
+    trainer = make_trainer(MEMBERS, tokens, "cuda")
+    for step in range(TRAINING.steps):
+        losses = trainer.backward(step).cpu()
+        own_norms = trainer.update(1.0).cpu()
+        assert torch.equal(losses, replayed[:, step])
+        assert torch.equal(own_norms, norms[:, step])
+
+
+def test_a_member_alone_is_the_member_in_company(tokens: TokenFile) -> None:
+    company, _ = steps(make_trainer(MEMBERS, tokens, "cuda"))
+    alone, _ = steps(make_trainer(MEMBERS[4:5], tokens, "cuda"))
+    torch.testing.assert_close(alone[0], company[4], rtol=5e-3, atol=0)
+
+
+def test_a_member_of_nan_stays_alone(tokens: TokenFile) -> None:
+    calm, _ = steps(make_trainer(MEMBERS, tokens, "cuda"))
+    trainer = make_trainer(MEMBERS, tokens, "cuda")
+    trainer.model.weights["0.q"][2, 0, 0] = torch.nan
+    wild, _ = steps(trainer)
+    others = [member for member in range(len(MEMBERS)) if member != 2]
+    assert wild[2].isnan().all()
+    assert torch.equal(wild[others], calm[others])
+
+
+def test_a_state_that_is_saved_goes_on(tokens: TokenFile) -> None:
+    whole, _ = steps(make_trainer(MEMBERS, tokens, "cuda"))
+    first = make_trainer(MEMBERS, tokens, "cuda")
+    steps(first, 5)
+    state = {name: tensor.cpu().clone() for name, tensor in first.state().items()}
+    second = make_trainer(MEMBERS, tokens, "cuda")
+    second.load_state(state)
+    for step in range(5, TRAINING.steps):
+        losses, _ = second.step(step, 1.0)
+        assert torch.equal(losses.cpu(), whole[:, step])
+
+
+def test_groups_give_what_one_group_gives(tokens: TokenFile, validation: TokenFile) -> None:
+    def curves(size: int) -> torch.Tensor:
+        made = train(
+            MEMBERS, lambda members: make_trainer(members, tokens, "cuda"), size, WIDTH, TRAINING, validation
+        )  # fmt: skip
+        return torch.from_numpy(made.val_loss)
+
+    torch.testing.assert_close(curves(2), curves(len(MEMBERS)), rtol=5e-3, atol=0)
+
+
+def test_members_fill_the_memory_they_are_given(tokens: TokenFile, validation: TokenFile) -> None:
+    """With little memory left, groups are as large as fit, and training goes through."""
+    from gdn_mup.training.memory import members_that_fit
+
+    members = [Member("gdn_mup", 2.0 ** (-10 + i / 64)) for i in range(256)]
+    batches = torch.from_numpy(validation.fixed_batches(1, TRAINING.batch_size, TRAINING.context_length))
+    free, _ = torch.cuda.mem_get_info()
+    budget = 4 * 2**30
+    hoard = torch.empty(free - budget, dtype=torch.uint8, device="cuda")
+    try:
+        size = members_that_fit(members, lambda group: make_trainer(group, tokens, "cuda"), batches)
+        torch.cuda.reset_peak_memory_stats()
+        trainer = make_trainer(members[:size], tokens, "cuda")
+        steps(trainer, 4)
+        used = torch.cuda.max_memory_reserved() - hoard.nbytes
+    finally:
+        del hoard
+        torch.cuda.empty_cache()
+    print(f"{size} members, {used / budget:.0%} of the memory")
+    assert size < len(members)
+    assert used >= 0.7 * budget  # groups come out equal, so that the last is not a small one
