@@ -12,7 +12,6 @@ from gdn_mup.model.language_model import LanguageModel, initialize, parameter_ta
 from gdn_mup.scaling.apply import scale_rule_sets
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.gpu
 
 from gdn_mup.model.fused_operations import FusedOperations
 from gdn_mup.training.clipping import norm_weights
@@ -20,6 +19,7 @@ from gdn_mup.training.config import OptimizerName, TrainingSettings
 from gdn_mup.training.gpu import FusedOptimizer
 from gdn_mup.training.optimizers import MemberOptimizer, Optimizer
 
+pytestmark = pytest.mark.gpu
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
 # Relative, by norm. Products of bf16 numbers, which have 8 bits, through two layers and back; float32 sums in another

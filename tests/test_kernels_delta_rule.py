@@ -12,8 +12,8 @@ from torch.nn import functional
 from gdn_mup.model.delta_rule import gated_delta_rule
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.gpu
 
+pytestmark = pytest.mark.gpu
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE, TOLERANCE = ("cuda", torch.bfloat16, 1e-2) if CUDA else ("cpu", torch.float32, 1e-5)
 SCALE = 0.7

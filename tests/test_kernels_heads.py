@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.gpu
 from gdn_mup.kernels import heads as kernels
 
+pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 DTYPES = [torch.float32, torch.bfloat16] if DEVICE == "cuda" else [torch.float32]  # the interpreter is for float32

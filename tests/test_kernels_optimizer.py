@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.gpu
 
 from gdn_mup.kernels.optimizer import adamw_step, gradient_norms, parameter_index, sgd_step
 
+pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MEMBERS, SIZES, SIZE = 3, [700, 1, 63, 1500, 16], 2432  # more than two blocks, parameters across their borders
 OFFSETS = [0, 704, 768, 832, 2368]

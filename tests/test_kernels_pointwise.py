@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn import functional
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.gpu
 
 from gdn_mup.kernels import norm
 from gdn_mup.kernels.embedding import embed
@@ -20,6 +19,7 @@ from gdn_mup.kernels.loss import linear_cross_entropy
 from gdn_mup.kernels.mlp import swiglu
 from gdn_mup.kernels.norm import add_norm
 
+pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16] if DEVICE == "cuda" else [torch.float32]
 EPSILON = 1e-5
