@@ -130,7 +130,7 @@ def sweep(
         typer.Option(help="Where a killed job leaves off and goes on; beside the output by default."),
     ] = None,
     threads: Threads = None,
-    device: Device = "auto",
+    device: Device = "cpu",
 ) -> None:
     """Train every rule set and learning rate of one width, side by side, on the same batches."""
     from gdn_mup.progress import progress
@@ -172,7 +172,7 @@ def coordinates(
     seed: SeedOption,
     output: Output,
     threads: Threads = None,
-    device: Device = "auto",
+    device: Device = "cpu",
 ) -> None:
     """Measure the sizes of activations, gradients and updates of one width over a few steps."""
     import torch
