@@ -6,11 +6,16 @@ from functools import cache
 
 import torch
 from packaging.version import Version
+from torch import Tensor
+from torch.nn.functional import normalize
 
 from gdn_mup.errors import UserError
 
 HOPPER = (9, 0)
 FIRST_WRONG, FIRST_RIGHT = Version("3.4"), Version("3.7.1")
+
+RESULTS = ("o", "dq", "dk", "dv", "dlog_decay", "dbeta")
+TOLERANCE = 3e-2  # relative, by norm; bf16 products give 2e-3 to 8e-3
 
 
 def check_triton(triton: str, capability: tuple[int, int], has_tilelang: bool) -> None:
@@ -29,10 +34,54 @@ def check_triton(triton: str, capability: tuple[int, int], has_tilelang: bool) -
 
 @cache
 def check_kernels() -> None:
-    """`check_triton` for this process's GPU; raises UserError too if fla is not installed."""
+    """`check_triton` for fla on this process's GPU; raises UserError too if fla is not installed."""
     if importlib.util.find_spec("fla") is None or importlib.util.find_spec("triton") is None:
         raise UserError(
             "training on a GPU needs flash-linear-attention and triton; install them with `pip install 'gdn-mup[gpu]'`"
         )
     has_tilelang = importlib.util.find_spec("tilelang") is not None
     check_triton(importlib.metadata.version("triton"), torch.cuda.get_device_capability(), has_tilelang)
+
+
+@cache
+def check_delta_rule(
+    key_dim: int, value_dim: int, device: torch.device, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, float]:
+    """Relative differences of the delta rule's output and gradients from PyTorch's float32 on the same device.
+
+    A version of Triton can compile kernels that run and are wrong: from 3.4 to before 3.7.1 fla's gated backward is on
+    Hopper (fla issue 640). Raises UserError, which names the version and the cure, if any difference exceeds 3 %.
+    """
+    from gdn_mup.model.delta_rule import gated_delta_rule  # which itself asks `check_kernels`
+
+    generator = torch.Generator().manual_seed(0)
+    rows, length = 4, 150  # two chunks and a part
+    q, k = (normalize(torch.randn(rows, length, key_dim, generator=generator), dim=-1) for _ in range(2))
+    v, grad = (torch.randn(rows, length, value_dim, generator=generator) for _ in range(2))
+    log_decay, beta = (
+        -0.3 * torch.rand(rows, length, generator=generator),
+        torch.rand(rows, length, generator=generator),
+    )
+    narrow = [x.to(device, dtype) for x in (q, k, v, grad)]
+
+    def run(backend: str) -> list[Tensor]:
+        wide = backend == "torch"
+        *inputs, d_o = (x.float() if wide else x for x in narrow)
+        leaves = [x.detach().requires_grad_() for x in (*inputs, log_decay.to(device), beta.to(device))]
+        o, _ = gated_delta_rule(*leaves, backend=backend)  # type: ignore[arg-type]
+        return [o.detach(), *torch.autograd.grad(o, leaves, d_o)]
+
+    differences = {
+        name: float((found.float() - right).norm() / right.norm())
+        for name, found, right in zip(RESULTS, run("triton"), run("torch"), strict=True)
+    }
+    wrong = {name: difference for name, difference in differences.items() if not difference <= TOLERANCE}
+    if wrong:
+        name, difference = max(wrong.items(), key=lambda item: item[1])
+        where = torch.cuda.get_device_name(device) if device.type == "cuda" else device
+        triton = importlib.metadata.version("triton")
+        raise UserError(
+            f"triton {triton} computes the gated delta rule wrongly on {where} (head dims {key_dim} and {value_dim}: "
+            f"{name} is off by {difference:.0%}); install triton {FIRST_RIGHT} (`pip install 'gdn-mup[gpu]'`)"
+        )
+    return differences

@@ -16,6 +16,7 @@ from gdn_mup.kernels.optimizer import adamw_step, gradient_norms, parameter_inde
 from gdn_mup.measurement.evaluation import held_out_losses
 from gdn_mup.model.config import ModelSettings
 from gdn_mup.model.fused_operations import FusedOperations
+from gdn_mup.model.kernels import check_delta_rule
 from gdn_mup.model.language_model import LanguageModel
 from gdn_mup.scaling.apply import ModelScaling
 from gdn_mup.training.config import OptimizerName, TrainingSettings
@@ -147,13 +148,15 @@ class GpuTrainer(Trainer):
         learning_rates: Sequence[float],
         norm_weights: Mapping[str, Tensor],
     ) -> FusedOptimizer:
+        shape = self.model.shape
+        check_delta_rule(shape.head_dim, shape.value_head_dim, self.device)
         operations = FusedOperations(self.model)
         self.model.operations = operations
         fused = FusedOptimizer(
             optimizer, self.model, operations.gradient, scalings, learning_rates, norm_weights, self.training
         )
-        shape = self.training.batch_size, self.training.context_length + 1
-        batch = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        ids = self.training.batch_size, self.training.context_length + 1
+        batch = torch.zeros(ids, dtype=torch.int64, device=self.device)
         self._fused, self._batch = fused, batch
         self._captured = Captured(lambda: (self._backward(batch), fused.apply()))
         return fused
