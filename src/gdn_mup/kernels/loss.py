@@ -96,6 +96,7 @@ def _losses(
 
 def _mm_float32(a: Tensor, b: Tensor, out: Tensor) -> None:
     """``out = a @ b`` with a float32 result of operands of any type; mixed types exist on CUDA only."""
+    assert out.dtype == torch.float32 and out.shape == (a.shape[0], b.shape[1])  # on CUDA torch checks neither
     if a.dtype == torch.float32:
         torch.mm(a, b, out=out)
     else:

@@ -18,6 +18,8 @@ def linear(x: Tensor, weight: Tensor, gradient: Tensor) -> Tensor:
 
 def write_product(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out [M, n, m] float32 = a [M, n, k] · b [M, k, m], whatever type a and b have."""
+    # The mixed product on CUDA checks neither.
+    assert out.dtype == torch.float32 and out.shape == (a.shape[0], a.shape[1], b.shape[2])
     if a.dtype == torch.float32:
         torch.bmm(a, b, out=out)
     else:

@@ -1,7 +1,8 @@
 """AdamW, SGD and gradient norms over all members at once, each parameter of each member by its own coefficients.
 
-Parameters, gradients and momenta are `[M, P]`: all parameters of a member in one row. `index [P]` int16 says which
-parameter an element belongs to, and a coefficient is `[M, parameters]`. The arithmetic is that of torch.optim.
+Parameters, gradients and momenta are `[M, P]`, P a multiple of 64: all parameters of a member in one row.
+`index [P]` int16 says which parameter an element belongs to, and a coefficient is `[M, parameters]`. The arithmetic
+is that of torch.optim.
 """
 
 import torch
@@ -10,11 +11,13 @@ import triton.language as tl
 from torch import Tensor
 
 _BLOCK = 1024
+_LINE: tl.constexpr = tl.constexpr(64)  # P is a multiple of it: then loads are 16 bytes wide, whatever P is
 
 
-@triton.jit(do_not_specialize=["size"])
-def _squared_norms(gradient_ptr, index_ptr, weight_ptr, partial_ptr, size, parameters: tl.constexpr,
+@triton.jit(do_not_specialize=["lines"])
+def _squared_norms(gradient_ptr, index_ptr, weight_ptr, partial_ptr, lines, parameters: tl.constexpr,
                    BLOCK: tl.constexpr):  # fmt: skip
+    size = lines * _LINE
     member = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < size
@@ -24,9 +27,10 @@ def _squared_norms(gradient_ptr, index_ptr, weight_ptr, partial_ptr, size, param
     tl.store(partial_ptr + member * tl.num_programs(0) + tl.program_id(0), tl.sum(weight * gradient * gradient, 0))
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit(do_not_specialize=["lines"])
 def _adamw(value_ptr, gradient_ptr, mean_ptr, square_ptr, index_ptr, learning_rate_ptr, weight_decay_ptr, epsilon_ptr,
-           clip_ptr, scalars_ptr, beta1, beta2, size, parameters: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+           clip_ptr, scalars_ptr, beta1, beta2, lines, parameters: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    size = lines * _LINE
     member = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < size
@@ -48,9 +52,10 @@ def _adamw(value_ptr, gradient_ptr, mean_ptr, square_ptr, index_ptr, learning_ra
     tl.store(square_ptr + at, square, mask=inside)
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit(do_not_specialize=["lines"])
 def _sgd(value_ptr, gradient_ptr, mean_ptr, index_ptr, learning_rate_ptr, weight_decay_ptr, clip_ptr, scalars_ptr,
-         momentum, size, parameters: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+         momentum, lines, parameters: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    size = lines * _LINE
     member = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < size
@@ -71,7 +76,7 @@ def gradient_norms(gradient: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     members, size = gradient.shape
     partial = gradient.new_empty(members, triton.cdiv(size, _BLOCK))
     _squared_norms[partial.shape[1], members](
-        gradient, index, weight, partial, size, parameters=weight.shape[1], BLOCK=_BLOCK
+        gradient, index, weight, partial, size // 64, parameters=weight.shape[1], BLOCK=_BLOCK
     )
     return partial.sum(1).sqrt()
 
@@ -98,8 +103,8 @@ def adamw_step(
     """
     members, size = values.shape
     _adamw[triton.cdiv(size, _BLOCK), members](
-        values, gradient, mean, square, index, learning_rate, weight_decay, epsilon, clip, scalars, beta1, beta2, size,
-        parameters=learning_rate.shape[1], BLOCK=_BLOCK,
+        values, gradient, mean, square, index, learning_rate, weight_decay, epsilon, clip, scalars, beta1, beta2,
+        size // 64, parameters=learning_rate.shape[1], BLOCK=_BLOCK,
     )  # fmt: skip
 
 
@@ -120,7 +125,7 @@ def sgd_step(
     """
     members, size = values.shape
     _sgd[triton.cdiv(size, _BLOCK), members](
-        values, gradient, mean, index, learning_rate, weight_decay, clip, scalars, momentum, size,
+        values, gradient, mean, index, learning_rate, weight_decay, clip, scalars, momentum, size // 64,
         parameters=learning_rate.shape[1], BLOCK=_BLOCK,
     )  # fmt: skip
 

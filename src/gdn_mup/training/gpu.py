@@ -75,7 +75,8 @@ class FusedOptimizer:
         """Tell the device which update comes next, at `factor` times the peak learning rates."""
         self._updates += 1
         beta1, beta2 = self._training.momentum, self._training.beta2
-        self._scalars.copy_(torch.tensor([factor, 1 - beta1**self._updates, 1 - beta2**self._updates]))
+        scalars = [factor, 1 - beta1**self._updates, 1 - beta2**self._updates]
+        _send(torch.tensor(scalars), self._scalars)
 
     def apply(self) -> Tensor:
         """Take the update that was prepared; gradient norms [M] before clipping. Runs on the device alone."""
@@ -131,11 +132,19 @@ class Captured:
             return self._result
         if self._graph is None:
             self._result = None  # its memory, and all that the eager calls left, is free for the graph's own
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, stream=self._stream):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=self._stream):
                 self._result = self._function()
+            self._graph = graph
         self._graph.replay()
         return self._result
+
+
+def _send(values: Tensor, place: Tensor) -> None:
+    """Copy to a place on the device in the order of its work, without waiting for that work."""
+    if place.is_cuda:
+        values = values.pin_memory()  # kept until the copy is done
+    place.copy_(values, non_blocking=True)
 
 
 class GpuTrainer(Trainer):
@@ -163,7 +172,7 @@ class GpuTrainer(Trainer):
 
     def step(self, step: int, factor: float) -> tuple[Tensor, Tensor]:
         """One update on the step's batch: losses and gradient norms [M], which the next step overwrites."""
-        self._batch.copy_(self.batch(step))
+        _send(self._ids(step), self._batch)
         self._fused.prepare(factor)
         losses, norms = self._captured()
         return losses, norms

@@ -132,8 +132,11 @@ class Trainer:
 
     def batch(self, step: int) -> Tensor:
         """Token ids [B, T + 1] of update `step` = 0, 1, …"""
+        return self._ids(step).to(self.device)
+
+    def _ids(self, step: int) -> Tensor:
         ids = self.tokens.batch(self.seed, step, self.training.batch_size, self.training.context_length)
-        return torch.from_numpy(ids).to(self.device)
+        return torch.from_numpy(ids)
 
     def step(self, step: int, factor: float) -> tuple[Tensor, Tensor]:
         """One update on the step's batch: what `backward` and `update` return."""
