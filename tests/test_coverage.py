@@ -133,7 +133,7 @@ def optimum_of(curve: Curve, spacing: float, seeds: int, noise: float, random: n
 @pytest.mark.parametrize("spacing", [0.5, 1.0])
 def test_optimum_and_its_loss(spacing: float, capsys: pytest.CaptureFixture[str]) -> None:
     random, coverage = np.random.default_rng(1), Coverage()
-    for seeds in (3, 5):
+    for seeds in (3, 4, 5):
         for _ in range(STUDIES):
             found = optimum_of(realistic(random), spacing, seeds, some_noise(random), random)
             assert found.bracketed
@@ -142,15 +142,13 @@ def test_optimum_and_its_loss(spacing: float, capsys: pytest.CaptureFixture[str]
     coverage.check(capsys)
 
 
-def test_optimum_of_a_sharper_curve_than_any_seen(capsys: pytest.CaptureFixture[str]) -> None:
-    """The limit: where a curve bends within a third of an octave, grids do not see it and intervals are too short."""
-    random = np.random.default_rng(2)
-    for spacing, least in ((0.5, 88.0), (1.0, 82.0)):
-        coverage = Coverage()
-        for _ in range(STUDIES):
-            found = optimum_of(from_its_best(sharp(random)), spacing, 3, some_noise(random), random)
-            coverage.add(f"log2 optimum of sharp curves, {spacing} octaves, 3 seeds", 0.0, found.interval)
-        coverage.check(capsys, least)
+@pytest.mark.parametrize("spacing", [0.5, 1.0])
+def test_optimum_of_a_sharper_curve_than_any_seen(spacing: float, capsys: pytest.CaptureFixture[str]) -> None:
+    random, coverage = np.random.default_rng(2), Coverage()
+    for _ in range(STUDIES):
+        found = optimum_of(from_its_best(sharp(random)), spacing, 3, some_noise(random), random)
+        coverage.add(f"log2 optimum of sharp curves, {spacing} octaves, 3 seeds", 0.0, found.interval)
+    coverage.check(capsys)
 
 
 @pytest.mark.parametrize("spacing", [0.5, 1.0])
@@ -174,27 +172,26 @@ def test_slope_and_transfer_regret(slope: float, spacing: float, capsys: pytest.
     coverage.check(capsys)
 
 
-@pytest.mark.parametrize("kappa", [0.0, -0.3])
-def test_metrics_of_transfer(kappa: float, capsys: pytest.CaptureFixture[str]) -> None:
+def test_metrics_of_transfer(capsys: pytest.CaptureFixture[str]) -> None:
     """Four widths; costs of being off the optimum change like width^κ, and a second rule set loses in the limit."""
     random, coverage = np.random.default_rng(4), Coverage()
-    widths, limit, correction, drift = [64, 128, 256, 512], 0.03, 2.0, 0.2
-    setting = f"(kappa {kappa})"
+    widths, kappa, limit, correction, drift = [64, 128, 256, 512], -0.3, 0.03, 2.0, 0.2
     for _ in range(STUDIES):
-        grid, noise, shape = grid_around(-1, 1, 0.5, random), some_noise(random), realistic(random)
-        off_line = random.normal(0, drift, len(widths))
+        grid, noise = grid_around(-1, 1, 0.5, random), some_noise(random)
         optima, worse = [], []
-        for width, off in zip(widths, off_line, strict=True):
-            excess = (width / 64) ** kappa * shape(grid - off)
+        for width, off in zip(widths, random.normal(0, drift, len(widths)), strict=True):
+            shape = realistic(random)
+            cost = 0.2 * (width / 64) ** kappa  # nats an octave off, mean of both sides
+            excess = cost / shape(np.array([-1.0, 1.0])).mean() * shape(grid - off)
             seeds = random.normal(0, SHARED_NOISE, 3)
             optima.append(find_optimum(grid, run(excess, seeds, noise, random), random))
             penalty = limit + correction / width
             worse.append(find_optimum(grid, run(excess + penalty, seeds, noise, random), random))
         if not all(optimum.bracketed for optimum in [*optima, *worse]):
             continue
-        coverage.add(f"fit error {setting}", drift, fit_error(widths, optima).interval)
-        coverage.add(f"robustness exponent {setting}", kappa, robustness_exponent(widths, optima).interval)
-        coverage.add(f"asymptotic penalty {setting}", limit, asymptotic_loss_penalty(widths, worse, optima).interval)
+        coverage.add("fit error", drift, fit_error(widths, optima).interval)
+        coverage.add("robustness exponent", kappa, robustness_exponent(widths, optima).interval)
+        coverage.add("asymptotic penalty", limit, asymptotic_loss_penalty(widths, worse, optima).interval)
     assert all(len(seen) > 0.98 * STUDIES for seen in coverage.seen.values())
     coverage.check(capsys)
 

@@ -1,32 +1,36 @@
 """A loss curve between and around the learning rates that were tried: draws of what it may look like.
 
 The mean over seeds is known at the grid up to noise; between the grid points something has to be assumed. Here:
-the curvature in log₂ learning rate changes like a random walk, so that the curve is a smoothing spline of degree
-five (G. Wahba, Spline Models for Observational Data, 1990, chapter 1: spline and Gaussian process are one). Level,
-slope and curvature themselves are free. Two numbers are uncertain and are averaged over, by their likelihood:
+the curvature in log₂ learning rate changes like a random walk, so that the curve is a smoothing spline (G. Wahba,
+Spline Models for Observational Data, 1990, chapter 1: such a spline and a Gaussian process are one). Level, slope
+and curvature themselves are free. Two numbers are uncertain and are averaged over, by their likelihood:
 
 noise       the standard deviation of a single run about its curve. Seeds are paired (at one width all learning
             rates of a seed share init and batches), so it is what is left after taking out each seed's and each
             learning rate's mean.
-roughness   by how much the curvature changes along an octave. With few points the data say little, so it has a
-            prior, `ROUGHNESS`, from curves of real sweeps (tests/test_coverage.py says what that achieves).
+roughness   by how much the curvature changes along an octave; more at higher learning rates, since loss curves are
+            gentle below the optimum and sharp above. With few points the data say little, so it has a prior, set
+            such that intervals cover (tests/test_coverage.py) on curves with the slopes and bends of real sweeps.
 
 Draws carry noise and grid at once, and nothing is resampled: three seeds have too few distinct resamples.
 """
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 Array = NDArray[np.float64]
 
 DRAWS = 1000
-ROUGHNESS = 0.08  # median of the prior, nats per octave^2.5
-ROUGHNESS_SPREAD = 0.7  # its standard deviation in log e
+ROUGHNESS = 0.045  # median of the prior at the middle of the curve, nats per octave^2.5
+ROUGHNESS_TAIL = 3  # degrees of freedom
+ROUGHNESS_SPREAD = 0.3  # its scale in log e: Student, since some curves jump within an octave
 FEWEST_POINTS = 4  # three are any parabola: the roughness would be the prior's alone
 
+_GROWTH = 0.4  # of log e roughness per octave: losses bend more sharply towards divergence
 _REACH = 2.5  # octaves on either side of what is asked for that have a say
 _FINE = 16  # points per octave at which curves are drawn
 _RANK = 12  # of a curve's covariance; what is left out is below 1e-6 of it
@@ -76,7 +80,7 @@ def draw_curves(grid: Array, losses: Array, around: tuple[float, float], random:
         - (len(grid) - 3) * np.log(of_mean)
         - smoother.log_determinant[:, None] / 2
         - misfit[:, None] / of_mean**2 / 2
-        - (np.log(roughness / ROUGHNESS) / ROUGHNESS_SPREAD) ** 2 / 2
+        + stats.t.logpdf(np.log(roughness / ROUGHNESS) / ROUGHNESS_SPREAD, ROUGHNESS_TAIL)
     )
     weights = np.exp(log_weights - log_weights.max())
     weights /= weights.sum()
@@ -171,8 +175,14 @@ def _smoother(points: int, step: float) -> _Smoother:
     return _Smoother(places, np.array(means), np.array(roots), np.array(misfits), np.array(determinants))
 
 
-def _covariance(one: Array, other: Array) -> Array:
-    """Covariance [one, other] of white noise integrated three times from 0: ∫ (s−v)² (t−v)² / 4 dv to min(s, t)."""
-    least = np.minimum(one[:, None], other)
-    apart = np.abs(one[:, None] - other)
-    return (least**5 / 5 + apart * least**4 / 2 + apart**2 * least**3 / 3) / 4
+def _covariance(one: NDArray[Any], other: NDArray[Any]) -> Array:
+    """Covariance [one, other] of curves whose third derivative is white noise from 0 on, of size 1 at the middle.
+
+    ∫ r(v)² (s−v)₊² (t−v)₊² / 4 dv, where r grows with v; by Gauss's rule, whose error is far below any loss's noise.
+    """
+    end = max(one[-1], other[-1])
+    nodes, weights = np.polynomial.legendre.leggauss(200)
+    nodes, weights = (nodes + 1) * end / 2, weights * end / 2
+    weights = weights * np.exp(2 * _GROWTH * (nodes - end / 2)) / 4
+    from_one, from_other = (np.maximum(points[:, None] - nodes, 0) ** 2 for points in (one, other))
+    return (from_one * weights) @ from_other.T
