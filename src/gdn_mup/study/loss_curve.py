@@ -17,7 +17,8 @@ Measured (tests/test_coverage.py; 3 to 5 seeds, noise of 0.005 to 0.03 nats): in
 98 % of studies. Limits: with noise of 0.005 nats, and on curves that bend within a third of an octave, intervals are
 somewhat too wide (98 to 99 %). With noise of 0.03 nats they are too short where the bottom is flat over two octaves
 or more (85 to 90 %), and at octave spacing where a curve jumps by a nat right above its optimum (75 to 85 %; half
-octaves: 95 %). With one seed at octave spacing a cliff may pass for noise (65 %).
+octaves: 95 %), as in SGD sweeps an octave fine: the curve is drawn too smooth and its optimum may come out too low.
+With one seed at octave spacing a cliff may pass for noise (65 %).
 
 Draws carry noise and grid at once, and nothing is resampled: three seeds have too few distinct resamples.
 """
@@ -41,6 +42,7 @@ FEWEST_POINTS = 4  # three are any parabola: the roughness would be the prior's 
 _GROWTH = 0.5  # of log e roughness per octave: losses bend more sharply towards divergence
 _REACH = 2.5  # octaves on either side of what is asked for that have a say
 _FINE = 16  # points per octave at which curves are drawn
+_UNSTABLE = 5  # times the median over learning rates: a scatter of seeds that only instability has
 _RANK = 12  # of a curve's covariance; what is left out is below 1e-6 of it
 _RATIOS = np.exp(np.arange(np.log(1e-5), np.log(1e7), 0.7))  # roughness² over noise², per octave^5
 _NOISES = np.exp(np.linspace(-1.0, 1.6, 14))  # noise over its estimate: 0.4 to 5
@@ -73,6 +75,8 @@ def draw_curves(grid: Array, losses: Array, around: tuple[float, float], random:
     reach = int(np.ceil(_REACH / step - 1e-6)) * step
     inside = (grid > around[0] - reach - step / 2) & (grid < around[1] + reach + step / 2)
     grid, losses = grid[inside], losses[:, inside]
+    stable = _stable(grid, losses, around)
+    grid, losses = grid[stable], losses[:, stable]
     smoother = _smoother(len(grid), round(step, 9))
     mean = losses.mean(axis=0)
     level = mean.mean()
@@ -115,6 +119,21 @@ def run_noise(losses: Array) -> tuple[float, int]:
     residual = losses - losses.mean(axis=0) - losses.mean(axis=1, keepdims=True) + losses.mean()
     freedom = (losses.shape[0] - 1) * (losses.shape[1] - 1)
     return float(np.sqrt((residual**2).sum() / freedom)), freedom
+
+
+def _stable(grid: Array, losses: Array, around: tuple[float, float]) -> slice:
+    """The stretch before seeds scatter far more than elsewhere: near divergence, their noise says nothing of the rest.
+
+    Reaches two learning rates beyond `around` at least.
+    """
+    if len(losses) == 1:
+        return slice(None)
+    residual = losses - np.median(losses, axis=1, keepdims=True)
+    scatter = residual.std(axis=0)
+    unstable = np.flatnonzero(
+        (scatter > _UNSTABLE * np.median(scatter)) & (grid > around[1] + 2.5 * (grid[1] - grid[0]))
+    )
+    return slice(0, unstable[0] if len(unstable) else len(grid))
 
 
 def minimum_of(places: Array, curves: Array) -> tuple[Array, Array]:
