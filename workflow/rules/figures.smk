@@ -4,7 +4,7 @@ rule figure_coordinate_check:
     input:
         notebook="notebooks/coordinate_check.ipynb",
         coordinates="results/{study}/datasets/coordinates.nc",
-        code="src/gdn_mup/study/figures.py",
+        code=["src/gdn_mup/study/figures.py", "src/gdn_mup/study/width_fit.py"],
     output:
         svg=report(
             "results/{study}/figures/coordinate_check.svg",
