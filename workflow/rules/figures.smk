@@ -4,7 +4,7 @@ rule figure_coordinate_check:
     input:
         notebook="notebooks/coordinate_check.ipynb",
         coordinates="results/{study}/datasets/coordinates.nc",
-        code=["src/gdn_mup/study/figures.py", "src/gdn_mup/study/width_fit.py"],
+        code="src/gdn_mup/study/figures.py",
     output:
         svg=report(
             "results/{study}/figures/coordinate_check.svg",
@@ -37,11 +37,7 @@ use rule figure_coordinate_check as figure_lr_transfer with:
     input:
         notebook="notebooks/lr_transfer_{optimizer}.ipynb",
         lr_sweep="results/{study}/datasets/lr_sweep.nc",
-        code=[
-            "src/gdn_mup/study/figures.py",
-            "src/gdn_mup/study/loss_curve.py",
-            "src/gdn_mup/study/optimum.py",
-        ],
+        code=["src/gdn_mup/study/figures.py", "src/gdn_mup/study/optimum.py"],
     output:
         svg=report(
             "results/{study}/figures/lr_transfer_{optimizer}.svg",
@@ -64,11 +60,7 @@ use rule figure_coordinate_check as figure_optimum_vs_width with:
     input:
         notebook="notebooks/optimum_vs_width.ipynb",
         lr_sweep="results/{study}/datasets/lr_sweep.nc",
-        code=[
-            "src/gdn_mup/study/figures.py",
-            "src/gdn_mup/study/loss_curve.py",
-            "src/gdn_mup/study/optimum.py",
-        ],
+        code=["src/gdn_mup/study/figures.py", "src/gdn_mup/study/optimum.py"],
     output:
         svg=report(
             "results/{study}/figures/optimum_vs_width.svg",
@@ -91,11 +83,7 @@ use rule figure_coordinate_check as figure_training_curves with:
     input:
         notebook="notebooks/training_curves.ipynb",
         lr_sweep="results/{study}/datasets/lr_sweep.nc",
-        code=[
-            "src/gdn_mup/study/figures.py",
-            "src/gdn_mup/study/loss_curve.py",
-            "src/gdn_mup/study/optimum.py",
-        ],
+        code=["src/gdn_mup/study/figures.py", "src/gdn_mup/study/optimum.py"],
     output:
         svg=report(
             "results/{study}/figures/training_curves.svg",

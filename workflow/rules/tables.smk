@@ -37,11 +37,7 @@ use rule table_scaling_rules as table_optima with:
     input:
         notebook="notebooks/optima.ipynb",
         lr_sweep="results/{study}/datasets/lr_sweep.nc",
-        code=[
-            "src/gdn_mup/study/loss_curve.py",
-            "src/gdn_mup/study/optimum.py",
-            "src/gdn_mup/study/tables.py",
-        ],
+        code=["src/gdn_mup/study/optimum.py", "src/gdn_mup/study/tables.py"],
     output:
         csv="results/{study}/tables/optima.csv",
         page=report(
@@ -65,12 +61,7 @@ use rule table_scaling_rules as table_verdicts with:
     input:
         notebook="notebooks/verdicts.ipynb",
         lr_sweep="results/{study}/datasets/lr_sweep.nc",
-        code=[
-            "src/gdn_mup/study/claims.py",
-            "src/gdn_mup/study/loss_curve.py",
-            "src/gdn_mup/study/optimum.py",
-            "src/gdn_mup/study/tables.py",
-        ],
+        code=["src/gdn_mup/study/claims.py", "src/gdn_mup/study/optimum.py", "src/gdn_mup/study/tables.py"],
     output:
         csv="results/{study}/tables/verdicts.csv",
         page=report(

@@ -26,7 +26,6 @@ from matplotlib.ticker import FuncFormatter, MultipleLocator, NullLocator
 from gdn_mup.errors import UserError
 from gdn_mup.scaling.rules import RULE_SETS
 from gdn_mup.study.optimum import Optimum, Transfer, signed, transfers
-from gdn_mup.study.width_fit import width_exponent
 
 COLUMN_WIDTH = 3.4  # inches: one column of a two-column page
 FULL_WIDTH = 7.0
@@ -530,7 +529,7 @@ def coordinate_table(dataset: xr.Dataset) -> pd.DataFrame:
 
     `size` is the geometric mean over seeds, `low` and `high` the least and the most; `relative` is `size` over
     that at the base width; `exponent` is the slope of log size on log width over all widths and seeds (NaN with
-    one width), `exponent_low` and `exponent_high` its 95 % interval (NaN where too few runs are left to judge).
+    one width).
     """
     base_width = int(dataset.attrs["base_width"])
     keys = ["growth", "optimizer", "rules", "measure", "quantity", "layer", "step"]
@@ -541,8 +540,16 @@ def coordinate_table(dataset: xr.Dataset) -> pd.DataFrame:
     long = pd.concat(sizes, ignore_index=True)
     if long.empty:
         raise UserError("the dataset has no coordinate check; add one under `coordinate_checks` and run it")
-    long["log_size"] = np.log(long["size"])
-    exponent = pd.concat([_exponents(dataset, measure) for measure in ("rms", "change")]).set_index(keys)
+    long["log_size"], long["log_width"] = np.log(long["size"]), np.log(long.width)
+    # The least-squares slope of every group at once: covariance over variance.
+    groups = long.groupby(keys, sort=False)
+    centred = long.log_width - groups.log_width.transform("mean")
+    moments = (
+        long.assign(product=centred * long.log_size, square=centred**2)
+        .groupby(keys, sort=False)[["product", "square"]]
+        .sum()
+    )
+    exponent = (moments["product"] / moments["square"].where(moments["square"] > 0)).rename("exponent")
     sizes_of = long.groupby([*keys, "width"], sort=False)["size"]
     table = pd.DataFrame({"low": sizes_of.min(), "high": sizes_of.max()})
     table["log_size"] = long.groupby([*keys, "width"], sort=False).log_size.mean()
@@ -550,21 +557,7 @@ def coordinate_table(dataset: xr.Dataset) -> pd.DataFrame:
     base = table[table.width == base_width].set_index(keys).log_size.rename("base")
     table = table.join(base, on=keys).join(exponent, on=keys)
     table["size"], table["relative"] = np.exp(table.log_size), np.exp(table.log_size - table.base)
-    return table[[*keys, "width", "size", "low", "high", "relative", *exponent.columns]]
-
-
-def _exponents(dataset: xr.Dataset, measure: str) -> pd.DataFrame:
-    """Width exponents of a measure with the ends of their intervals, a row for each but width and seed."""
-    sizes = dataset[measure].transpose(..., "seed", "width")
-    found = width_exponent(dataset.width.values, sizes.values)
-    columns = dict(zip(("exponent", "exponent_low", "exponent_high"), found, strict=True))
-    over = sizes.isel(seed=0, width=0, drop=True)
-    return (
-        xr.Dataset({name: over.copy(data=values) for name, values in columns.items()})
-        .to_dataframe()
-        .reset_index()
-        .assign(measure=measure)
-    )
+    return table[[*keys, "width", "size", "low", "high", "relative", "exponent"]]
 
 
 @_styled
