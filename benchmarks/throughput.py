@@ -172,7 +172,7 @@ def roofline() -> dict[str, Any]:
     source = torch.randn(2**29, device="cuda")
     target = torch.empty_like(source)
 
-    def fastest(function: Callable[[], object]) -> float:
+    def median_seconds(function: Callable[[], object]) -> float:
         times = []
         for _ in range(30):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -184,8 +184,8 @@ def roofline() -> dict[str, Any]:
         return statistics.median(times[5:])
 
     return {
-        "matmul_flops_per_second": 2 * size**3 / fastest(lambda: torch.mm(a, b, out=out)),
-        "copy_bytes_per_second": 2 * source.nbytes / fastest(lambda: target.copy_(source)),
+        "matmul_flops_per_second": 2 * size**3 / median_seconds(lambda: torch.mm(a, b, out=out)),
+        "copy_bytes_per_second": 2 * source.nbytes / median_seconds(lambda: target.copy_(source)),
     }
 
 

@@ -8,6 +8,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gdn_mup.kernels.matmul import write_product
+
 # Vocabularies up to this size are read once, in one block; larger ones twice, block by block.
 _LARGEST_BLOCK = 8192
 
@@ -90,17 +92,8 @@ def _losses(
         )
         if dh is not None and readout_gradient is not None:
             torch.mm(logits, readout[member], out=dh[member])
-            _mm_float32(logits.t(), h[member], readout_gradient[member])
+            write_product(logits.t()[None], h[member : member + 1], readout_gradient[member : member + 1])
     return losses.mean(1)
-
-
-def _mm_float32(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """``out = a @ b`` with a float32 result of operands of any type; mixed types exist on CUDA only."""
-    assert out.dtype == torch.float32 and out.shape == (a.shape[0], b.shape[1])  # on CUDA torch checks neither
-    if a.dtype == torch.float32:
-        torch.mm(a, b, out=out)
-    else:
-        torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -5,7 +5,6 @@ float32. Gradients of parameters do not pass through autograd: each operation's 
 buffer, so that nothing has to be zeroed or added up, and the optimizer reads one row a member.
 """
 
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,19 +33,11 @@ class FusedOperations:
         self._dtype, self._tied = dtype, model.shape.tied_embeddings
         self.gradient = torch.zeros_like(model.flat)
         self._half = torch.zeros_like(model.flat, dtype=dtype)
-        halves, gradients = (
-            {
-                name: flat[:, offset : offset + math.prod(stored)].unflatten(1, stored)
-                for name, (offset, stored) in model.layout.tensors.items()
-            }
-            for flat in (self._half, self.gradient)
-        )
+        halves, gradients = (model.layout.views(flat) for flat in (self._half, self.gradient))
+        # Parameters require grad, so the chain of gradients begins at the embedding; into none of them does it lead.
         self._operands = {
-            name: Operand(tensor.detach(), halves[name], gradients[name]) for name, tensor in model.tensors.items()
+            name: Operand(tensor, halves[name], gradients[name]) for name, tensor in model.tensors.items()
         }
-        # The chain of gradients begins at the embedding, whose own gradient goes into the buffer like all others.
-        first = self._operands["embedding"]
-        self._operands["embedding"] = first._replace(value=first.value.requires_grad_())
 
     def operands(self, model: "LanguageModel") -> dict[str, Operand]:
         """Every stored tensor as it is now: copies the parameters to 16 bits, and shows where the gradients are."""

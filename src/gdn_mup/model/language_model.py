@@ -104,6 +104,13 @@ class Layout(NamedTuple):
     parameters: dict[str, StoredParameter]
     size: int
 
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
+        """Every stored tensor's part of rows [M, size], as a view [M, *its shape]."""
+        return {
+            name: flat[:, offset : offset + math.prod(shape)].unflatten(1, shape)
+            for name, (offset, shape) in self.tensors.items()
+        }
+
 
 def parameter_layout(shape: ModelShape) -> Layout:
     """Stored tensors in the order of `parameter_table`, stacked parameters as rows below each other."""
@@ -159,10 +166,7 @@ class LanguageModel:
         self.operations: Any = operations
         self.layout, self._table = parameter_layout(shape), parameter_table(shape)
         self.flat = torch.zeros(members, self.layout.size, dtype=dtype, device=device)
-        self.tensors = {
-            name: nn.Parameter(self.flat[:, offset : offset + math.prod(stored)].unflatten(1, stored))
-            for name, (offset, stored) in self.layout.tensors.items()
-        }
+        self.tensors = {name: nn.Parameter(view) for name, view in self.layout.views(self.flat).items()}
         self.weights = self._by_parameter({name: tensor.detach() for name, tensor in self.tensors.items()})
         self.logits_multiplier = torch.ones(members, dtype=dtype, device=device)
 

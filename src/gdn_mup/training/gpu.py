@@ -42,7 +42,7 @@ class FusedOptimizer:
         norm_weights: Mapping[str, Tensor],
         training: TrainingSettings,
     ) -> None:
-        self._name, self._training, self._values, self._gradient = optimizer, training, model.flat, gradient
+        self._training, self._values, self._gradient = training, model.flat, gradient
         names, device = list(model.layout.parameters), model.flat.device
 
         def coefficients(value: Callable[[int, str], float]) -> Tensor:

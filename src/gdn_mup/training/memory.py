@@ -43,10 +43,10 @@ def _peak(make_trainer: Callable[[Sequence[Member]], Trainer], members: Sequence
     """Bytes of the GPU that a group takes at most."""
     torch.cuda.reset_peak_memory_stats()
     trainer = make_trainer(members)
-    held_out_losses(trainer.model, batches[:1].to(trainer.device))
+    held_out_losses(trainer.model, batches.to(trainer.device))
     for step in range(PROBE_STEPS):
         trainer.step(step, 0.0)
-    held_out_losses(trainer.model, batches[:1].to(trainer.device))
+    held_out_losses(trainer.model, batches.to(trainer.device))
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_reserved()
     del trainer

@@ -76,11 +76,11 @@ class MemberOptimizer:
 
     def step(self, factor: float) -> Tensor:
         """Clip and take one update at `factor` times the peak learning rates; norms [M] before clipping."""
-        norms = gradient_norms(self._model.gradients(), self._norm_weights)
+        gradients = self._model.gradients()  # views: clipping shows in them
+        norms = gradient_norms(gradients, self._norm_weights)
         if self._training.clipping != "none":
             stored = {name: tensor.grad for name, tensor in self._model.tensors.items() if tensor.grad is not None}
             clip(stored, norms, self._training.clip_norm)
-        gradients = self._model.gradients()
         for piece, name, member in self._slices:
             piece.grad = gradients[name][member]
         for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
