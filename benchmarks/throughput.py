@@ -13,6 +13,9 @@ they occur, not on what they say.
 Model FLOPs a token are 6 for each parameter of a matrix product, and 18 K V a head for the recurrence (6 K V forward:
 read and write by the key, read by the query; twice that backward). Recomputation does not count.
 
+The delta rule alone, forward and backward: our kernels against fla's on the same tensors, laid out as fla wants them
+for fla, without autograd's bookkeeping taken out of either.
+
 Seconds to the first step run from the start of the process, imports included, to the end of the first update: `cold`
 with empty caches of Triton, Inductor and TileLang, `warm` with those that the cold process left.
 """
@@ -189,15 +192,60 @@ def roofline() -> dict[str, Any]:
     }
 
 
+def delta_rules() -> dict[str, float]:
+    """Milliseconds of a forward and a backward pass of the delta rule at width 256 with ten members."""
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+    from torch.nn.functional import normalize
+
+    from gdn_mup.model.delta_rule import gated_delta_rule
+
+    sequences, heads = 10 * BATCH, 256 // HEAD_DIM
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(sequences, LENGTH, heads, *shape, device="cuda", generator=generator)
+
+    q, k = (normalize(normal(HEAD_DIM), dim=-1).bfloat16() for _ in range(2))
+    v, grad = normal(HEAD_DIM).bfloat16(), normal(HEAD_DIM).bfloat16()
+    log_decay, beta = -normal().abs() / 10, normal().sigmoid()
+
+    def folded(x: torch.Tensor) -> torch.Tensor:
+        return x.transpose(1, 2).flatten(0, 1).contiguous()
+
+    def milliseconds(function: Callable[..., torch.Tensor], tensors: list[torch.Tensor], grad: torch.Tensor) -> float:
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        times = []
+        for _ in range(30):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            torch.autograd.grad(function(*leaves), leaves, grad)
+            end.record()
+            torch.cuda.synchronize()
+            times.append(begin.elapsed_time(end))
+        return statistics.median(times[10:])
+
+    inputs = [q, k, v, log_decay, beta]
+    return {
+        "ours": milliseconds(
+            lambda *x: gated_delta_rule(*x, backend="triton")[0], [folded(x) for x in inputs], folded(grad)
+        ),
+        "fla": milliseconds(lambda *x: chunk_gated_delta_rule(*x, scale=1.0)[0], inputs, grad),
+    }
+
+
 def in_own_process(case: Case, seconds: float, only_first: bool = False, caches: Path | None = None) -> dict[str, Any]:
     """`measure` in a process of its own; a case that fails is reported with its last line and skipped."""
-    command = [sys.executable, __file__, "--case", json.dumps(case), "--seconds", str(seconds)]
-    command += ["--first-step"] if only_first else []
+    first = ["--first-step"] if only_first else []
+    return {**case._asdict(), **_run("--case", json.dumps(case), "--seconds", str(seconds), *first, caches=caches)}
+
+
+def _run(*arguments: str, caches: Path | None = None) -> dict[str, Any]:
+    """What this script prints for these arguments, in a process of its own, or the last line of its complaint."""
     environment = os.environ | ({name: str(caches / folder) for name, folder in CACHES.items()} if caches else {})
+    command = [sys.executable, __file__, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        return {**case._asdict(), "failed": reason}
+        return {"failed": (done.stderr.strip().splitlines() or ["no message"])[-1]}
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -230,6 +278,10 @@ def table(record: dict[str, Any]) -> str:
             f"{case['model_flops_per_second'] / peak:.0%} | {case['gib'] / case['members']:.1f} | "
             f"{1e3 * case['step_seconds']:.1f} |"
         )
+    rules = record["delta_rule"]
+    if "ours" in rules:
+        lines += ["", "The delta rule alone, both ways, at width 256 with ten members: "]
+        lines[-1] += f"{rules['ours']:.2f} ms; fla's kernels {rules['fla']:.2f} ms."
     if record["first_steps"]:
         lines += ["", "| seconds to the first step | width | members | cold | warm |", "|---|---|---|---|---|"]
     for case in record["first_steps"]:
@@ -278,9 +330,13 @@ def main() -> int:
     parser.add_argument("--draw", type=Path, metavar="FILE", help="draw the figure and table of a record, and stop")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--first-step", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--delta-rule", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
         print(json.dumps(measure(Case(*json.loads(arguments.case)), arguments.seconds, arguments.first_step)))
+        return 0
+    if arguments.delta_rule:
+        print(json.dumps(delta_rules()))
         return 0
     if arguments.draw:
         record = json.loads(arguments.draw.read_text())
@@ -303,6 +359,7 @@ def main() -> int:
         "fla": version("flash-linear-attention"),
         "roofline": roofline(),
         "cases": [],
+        "delta_rule": {},
         "first_steps": [],
     }
     torch.cuda.empty_cache()
@@ -314,6 +371,9 @@ def main() -> int:
     for case in chosen(CASES):
         record["cases"].append(in_own_process(case, arguments.seconds))
         print(table({**record, "cases": record["cases"][-1:]}).splitlines()[5], flush=True)
+        keep()
+    if not arguments.only:
+        record["delta_rule"] = _run("--delta-rule")
         keep()
     for case in [] if arguments.skip_first_steps else chosen(FIRST_STEPS):
         with tempfile.TemporaryDirectory() as caches:

@@ -31,6 +31,8 @@ app = typer.Typer(
     "Start with `gdn-mup rules` to see how each rule set scales each parameter.",
 )
 
+OLDEST_GPU = (8, 0)  # compute capability: Ampere, the first with bfloat16 matrix products
+
 StudyFile = Annotated[Path, typer.Option("--study", help="Study file, such as config/studies/laptop.yaml.")]
 Output = Annotated[Path, typer.Option(help="Written when complete; an existing file is replaced.")]
 CorpusFolder = Annotated[Path, typer.Option("--corpus", help="Folder that `gdn-mup corpus` wrote.")]
@@ -130,7 +132,7 @@ def sweep(
         typer.Option(help="Where a killed job leaves off and goes on; beside the output by default."),
     ] = None,
     threads: Threads = None,
-    device: Device = "cpu",
+    device: Device = "auto",
 ) -> None:
     """Train every rule set and learning rate of one width, side by side, on the same batches."""
     from gdn_mup.progress import progress
@@ -172,7 +174,7 @@ def coordinates(
     seed: SeedOption,
     output: Output,
     threads: Threads = None,
-    device: Device = "cpu",
+    device: Device = "auto",
 ) -> None:
     """Measure the sizes of activations, gradients and updates of one width over a few steps."""
     import torch
@@ -330,12 +332,20 @@ def _prepare(study: "Study", job: "Job", corpus: Path, threads: int | None, devi
 def _use_cuda(device: str) -> bool:
     import torch
 
-    available = torch.cuda.is_available()
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"--device: {device!r}: use auto, cpu or cuda")
-    if device == "cuda" and not available:
+    if device == "cpu":
+        return False
+    found = torch.cuda.is_available()
+    suitable = found and torch.cuda.get_device_capability() >= OLDEST_GPU
+    if device == "cuda" and not found:
         raise UserError("--device: cuda: torch finds no NVIDIA GPU here; use --device cpu, or see `nvidia-smi`")
-    return available and device != "cpu"
+    if device == "cuda" and not suitable:
+        raise UserError(
+            f"--device: cuda: {torch.cuda.get_device_name()} has no bfloat16 matrix products; use an NVIDIA GPU of "
+            "compute capability 8.0 or more (Ampere, 2020), or --device cpu"
+        )
+    return suitable
 
 
 def _sweep_dataset(

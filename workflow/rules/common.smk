@@ -1,6 +1,7 @@
 # Everything in Python that the rules need: what a study asks for, and the settings that each job depends on.
 import glob
 import os
+import shutil
 import sys
 from functools import cache
 from typing import NoReturn, get_args
@@ -63,6 +64,19 @@ def get_job_settings(kind: str):
             stop(error)
 
     return get_settings
+
+
+def get_gpus(wildcards) -> int:
+    """GPUs that a training job asks for: with device `auto` one, where a driver is installed."""
+    if config["device"] not in ("auto", "cpu", "cuda"):
+        stop(UserError(f"config: device: {config['device']!r}: use auto, cpu or cuda"))
+    has_driver = shutil.which("nvidia-smi") is not None
+    return int(config["device"] == "cuda" or config["device"] == "auto" and has_driver)
+
+
+def get_training_memory(wildcards) -> int:
+    """MB of main memory; CUDA's libraries alone take some."""
+    return 6000 if get_gpus(wildcards) else 1500
 
 
 def get_job_files(kind: str):

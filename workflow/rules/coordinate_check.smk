@@ -12,8 +12,10 @@ rule coordinate_check:
         "../../environment.yml"
     threads: TRAINING_THREADS
     resources:
-        mem_mb=1500,
+        mem_mb=get_training_memory,
         runtime=120,
+        gpu=get_gpus,
+        device=config["device"],  # not a parameter: on another device a finished job need not run again
     params:
         settings=get_job_settings("coordinates"),
         study="config/studies/{study}.yaml",
@@ -24,4 +26,4 @@ rule coordinate_check:
     shell:
         "gdn-mup coordinates --study {params.study} --corpus {params.corpus}"
         " --growth {wildcards.growth} --optimizer {wildcards.optimizer}"
-        " --width {wildcards.width} --seed {wildcards.seed} --output {output} > {log} 2>&1"
+        " --width {wildcards.width} --seed {wildcards.seed} --device {resources.device} --output {output} > {log} 2>&1"

@@ -15,6 +15,9 @@ short polynomial there; blocks of 4 combine to blocks of 16, and those to the ch
 inverse of the diagonal blocks and N = W·(rest), N⁴ = 0 and (I + W·rest)⁻¹ W = (I - N)(I + N²) W. Entries of N stay of
 order one even for parallel keys, where powers of L itself grow like binomials of the chunk length.
 
+The products that find Y take float16 operands: its 11 bits are those of tf32, at half the bytes and twice the rate
+(0.18 instead of 0.31 ms for 10 240 chunks on an H200), and for keys of unit norm no entry is far from one.
+
 Decays inside a chunk are exponentials of differences of a running sum in float32: with log-decays that add up to
 -1000 in a chunk they keep four digits, which is what bfloat16 products keep.
 """
@@ -44,17 +47,24 @@ def _decay(total, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _combine(inverse, rest, PRECISION: tl.constexpr):
+def _product(a, b, OPERAND: tl.constexpr):
+    """a · b summed in float32, from operands rounded to OPERAND."""
+    return tl.dot(a.to(OPERAND), b.to(OPERAND), input_precision="ieee")
+
+
+@triton.jit
+def _combine(inverse, rest, OPERAND: tl.constexpr):
     """(I + inverse · rest)⁻¹ inverse, where four diagonal blocks combine to one: (inverse · rest)⁴ = 0."""
-    n = tl.dot(inverse, rest, input_precision=PRECISION)
-    square = tl.dot(n, n, input_precision=PRECISION)
-    cube = tl.dot(square, n, input_precision=PRECISION)
-    return inverse + tl.dot(square - n - cube, inverse, input_precision=PRECISION)
+    n = _product(inverse, rest, OPERAND)
+    square = _product(n, n, OPERAND)
+    cube = _product(square, n, OPERAND)
+    return inverse + _product(square - n - cube, inverse, OPERAND)
 
 
 @triton.jit(do_not_specialize=["length", "chunks"])
 def _solve(k_ptr, log_decay_ptr, beta_ptr, y_ptr, length, chunks,
-           K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+           K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+           OPERAND: tl.constexpr):  # fmt: skip
     """Y [C, C] of one chunk."""
     start = (tl.program_id(0) // chunks).to(tl.int64) * length
     c, t_in = tl.arange(0, BK), tl.arange(0, C)
@@ -68,13 +78,13 @@ def _solve(k_ptr, log_decay_ptr, beta_ptr, y_ptr, length, chunks,
     same_4 = (t_in // 4)[:, None] == (t_in // 4)[None, :]
     same_16 = (t_in // 16)[:, None] == (t_in // 16)[None, :]
     n = tl.where(same_4, strict, 0.0)
-    square = tl.dot(n, n, input_precision=PRECISION)
+    square = _product(n, n, OPERAND)
     identity = tl.where(t_in[:, None] == t_in[None, :], 1.0, 0.0)
-    inverse = identity - n + square - tl.dot(square, n, input_precision=PRECISION)
-    inverse = _combine(inverse, tl.where(same_16 & ~same_4, strict, 0.0), PRECISION)
+    inverse = identity - n + square - _product(square, n, OPERAND)
+    inverse = _combine(inverse, tl.where(same_16 & ~same_4, strict, 0.0), OPERAND)
     if C > 16:
-        inverse = _combine(inverse, tl.where(same_16, 0.0, strict), PRECISION)
-    y = tl.dot(inverse, a, input_precision=PRECISION)
+        inverse = _combine(inverse, tl.where(same_16, 0.0, strict), OPERAND)
+    y = _product(inverse, a, OPERAND)
     tl.store(y_ptr + start * C + t[:, None] * C + t_in, y, mask=(t < length)[:, None])
 
 
@@ -287,7 +297,7 @@ def forward(
     """Outputs [N, T, V], the final state [N, K, V] float32 if wanted, and what `backward` needs if `save`.
 
     q, k [N, T, K] and v [N, T, V] of one type; log_decay and beta [N, T] float32; initial_state [N, K, V] float32.
-    All contiguous, K at most 256.
+    All contiguous, K at most 256. Keys are of about unit norm: in 16 bits, products of two keys must fit float16.
     """
     rows, length, key_dim = k.shape
     value_dim, sizes = v.shape[2], _sizes(q, v)
@@ -295,14 +305,15 @@ def forward(
     y = k.new_empty(rows, length, sizes["C"])
     common = {name: sizes[name] for name in ("K", "BK", "C", "PRECISION")}
     warps = _warps(key_dim)
-    _solve[rows * chunks,](k, log_decay, beta, y, length, chunks, **common, num_warps=4)
+    operand = tl.float32 if q.dtype == torch.float32 else tl.float16
+    _solve[rows * chunks,](k, log_decay, beta, y, length, chunks, **common, OPERAND=operand, num_warps=4)
     o = torch.empty_like(v)
     end = k.new_empty(rows, key_dim, value_dim, dtype=torch.float32) if output_final_state else None
     z = torch.empty_like(v) if save else None
     states = k.new_empty(rows, chunks, key_dim, value_dim) if save else None
     _forward[rows * triton.cdiv(value_dim, sizes["BV"]),](
         q, k, v, log_decay, beta, y, initial_state, o, z, states, end, length, chunks, scale, **sizes,
-        STARTS=initial_state is not None, ENDS=output_final_state, SAVES=save, num_warps=warps, num_stages=2,
+        STARTS=initial_state is not None, ENDS=output_final_state, SAVES=save, num_warps=warps, num_stages=3,
     )  # fmt: skip
     return o, end, Saved(y, z, states) if z is not None and states is not None else None
 
@@ -326,7 +337,7 @@ def backward(
     d_start = k.new_empty(rows, key_dim, value_dim, dtype=torch.float32) if with_initial_state else None
     _backward_state[rows * triton.cdiv(value_dim, sizes["BV"]),](
         q, k, log_decay, beta, saved.y, do, d_final_state, dr, d_states, d_start, length, chunks, scale, **sizes,
-        STARTS=with_initial_state, ENDS=d_final_state is not None, num_warps=warps, num_stages=2,
+        STARTS=with_initial_state, ENDS=d_final_state is not None, num_warps=warps, num_stages=3,
     )  # fmt: skip
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(do)
     d_log_decay, d_beta = torch.empty_like(log_decay), torch.empty_like(beta)

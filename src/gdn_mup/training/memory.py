@@ -26,6 +26,7 @@ def members_that_fit(
     """
     if len(members) < 3:
         return len(members)
+    torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     one, two = (_peak(make_trainer, members[:count], batches) for count in (1, 2))
     each = max(two - one, 1)
@@ -40,7 +41,8 @@ def members_that_fit(
 
 
 def _peak(make_trainer: Callable[[Sequence[Member]], Trainer], members: Sequence[Member], batches: Tensor) -> int:
-    """Bytes of the GPU that a group takes at most."""
+    """Bytes of the GPU that a group takes at most, beyond what this process holds already."""
+    held = torch.cuda.memory_reserved()
     torch.cuda.reset_peak_memory_stats()
     trainer = make_trainer(members)
     held_out_losses(trainer.model, batches.to(trainer.device))
@@ -48,7 +50,7 @@ def _peak(make_trainer: Callable[[Sequence[Member]], Trainer], members: Sequence
         trainer.step(step, 0.0)
     held_out_losses(trainer.model, batches.to(trainer.device))
     torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_reserved()
+    peak = torch.cuda.max_memory_reserved() - held
     del trainer
     gc.collect()
     torch.cuda.empty_cache()
