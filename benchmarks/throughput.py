@@ -326,7 +326,12 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the record here, and FILE's .md and .png")
     parser.add_argument("--seconds", type=float, default=3.0, help="of measuring each case (default: %(default)s)")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="cases whose name contains one of these")
-    parser.add_argument("--skip-first-steps", action="store_true", help="leave out cold and warm first steps")
+    parser.add_argument(
+        "--first-steps",
+        choices=("all", "ours", "none"),
+        default="all",
+        help="whose cold and warm first steps to time; fla's takes four minutes (default: %(default)s)",
+    )
     parser.add_argument("--draw", type=Path, metavar="FILE", help="draw the figure and table of a record, and stop")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--first-step", action="store_true", help=argparse.SUPPRESS)
@@ -375,7 +380,12 @@ def main() -> int:
     if not arguments.only:
         record["delta_rule"] = _run("--delta-rule")
         keep()
-    for case in [] if arguments.skip_first_steps else chosen(FIRST_STEPS):
+    timed = {
+        "all": chosen(FIRST_STEPS),
+        "ours": [case for case in chosen(FIRST_STEPS) if case.who == "ours"],
+        "none": [],
+    }
+    for case in timed[arguments.first_steps]:
         with tempfile.TemporaryDirectory() as caches:
             runs = [in_own_process(case, 0.0, only_first=True, caches=Path(caches)) for _ in range(2)]
         cold, warm = (run.get("first_step_seconds", run.get("failed")) for run in runs)
