@@ -332,6 +332,7 @@ def main() -> int:
         default="all",
         help="whose cold and warm first steps to time; fla's takes four minutes (default: %(default)s)",
     )
+    parser.add_argument("--continue", dest="go_on", action="store_true", help="measure what the --json record lacks")
     parser.add_argument("--draw", type=Path, metavar="FILE", help="draw the figure and table of a record, and stop")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--first-step", action="store_true", help=argparse.SUPPRESS)
@@ -357,35 +358,40 @@ def main() -> int:
 
     from importlib.metadata import version
 
-    record: dict[str, Any] = {
+    made_with = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": version("triton"),
         "fla": version("flash-linear-attention"),
-        "roofline": roofline(),
-        "cases": [],
-        "delta_rule": {},
-        "first_steps": [],
     }
-    torch.cuda.empty_cache()
+    record: dict[str, Any] = {}
+    if arguments.go_on and arguments.json and arguments.json.exists():
+        record = json.loads(arguments.json.read_text())
+        if before := {name: record[name] for name in made_with if record[name] != made_with[name]}:
+            print(f"error: {arguments.json} was measured with {before}: leave --continue out", file=sys.stderr)
+            return 2
+    if not record:
+        record = {**made_with, "roofline": roofline(), "cases": [], "delta_rule": {}, "first_steps": []}
+        torch.cuda.empty_cache()
+
+    def lacking(cases: list[Case], measured: list[dict[str, Any]]) -> list[Case]:
+        had = [tuple(result[field] for field in Case._fields) for result in measured]
+        return [case for case in chosen(cases) if case not in had]
 
     def keep() -> None:
         if arguments.json:
             arguments.json.write_text(json.dumps(record, indent=2) + "\n")
 
-    for case in chosen(CASES):
+    for case in lacking(CASES, record["cases"]):
         record["cases"].append(in_own_process(case, arguments.seconds))
         print(table({**record, "cases": record["cases"][-1:]}).splitlines()[5], flush=True)
         keep()
-    if not arguments.only:
+    if not arguments.only and not record["delta_rule"]:
         record["delta_rule"] = _run("--delta-rule")
         keep()
-    timed = {
-        "all": chosen(FIRST_STEPS),
-        "ours": [case for case in chosen(FIRST_STEPS) if case.who == "ours"],
-        "none": [],
-    }
-    for case in timed[arguments.first_steps]:
+    for case in lacking(FIRST_STEPS, record["first_steps"]):
+        if arguments.first_steps not in ("all", case.who):
+            continue
         with tempfile.TemporaryDirectory() as caches:
             runs = [in_own_process(case, 0.0, only_first=True, caches=Path(caches)) for _ in range(2)]
         cold, warm = (run.get("first_step_seconds", run.get("failed")) for run in runs)

@@ -202,7 +202,7 @@ def coordinates(
 @app.command("warm-up")
 def warm_up(
     study: Annotated[
-        Path | None, typer.Option("--study", help="Compile the kernels of every job of this study.")
+        Path | None, typer.Option("--study", help="Compile the kernels of every sweep of this study.")
     ] = None,
     pack: Annotated[Path | None, typer.Option(help="Write this machine's compiled kernels to this file.")] = None,
     unpack: Annotated[Path | None, typer.Option(help="First add the kernels of such a file to this machine's.")] = None,
@@ -231,7 +231,7 @@ def warm_up(
         from gdn_mup.training.sweep import scaled_model
 
         loaded = load_study(study)
-        jobs = {job[1:4]: job for kind in ("lr_sweep", "coordinates") for job in loaded.jobs(kind)}
+        jobs = {job[1:4]: job for job in loaded.jobs("lr_sweep")}
         with progress(f"compiling for {study}", len(jobs)) as report:
             for done, job in enumerate(jobs.values(), start=1):
                 experiment = loaded.experiment_of(job)
@@ -302,7 +302,7 @@ def _prepare(study: "Study", job: "Job", corpus: Path, threads: int | None, devi
     training = study.training_of(experiment)
     scaled = scaled_model(study.model, job.width, job.growth, tokens.vocabulary_size, experiment.rules, job.optimizer)
     trainer = Trainer
-    if cuda:
+    if cuda and job.kind == "lr_sweep":  # a coordinate check measures in float32, sizes as small as a gate's gradient
         from gdn_mup.training.gpu import GpuTrainer
 
         trainer = GpuTrainer

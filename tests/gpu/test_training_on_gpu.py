@@ -1,5 +1,6 @@
 """Training on a GPU against training on the CPU in float32, and the promises of the member axis there."""
 
+import gc
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,12 +27,18 @@ WIDTH = 128
 MEMBERS = [Member(rules, 2.0**exponent) for rules in ("sp", "gdn_mup") for exponent in (-10, -8, -6)]
 
 
-def make_trainer(members: Sequence[Member], tokens: TokenFile, device: str, optimizer: str = "adamw") -> Trainer:
+def make_trainer(
+    members: Sequence[Member],
+    tokens: TokenFile,
+    device: str,
+    optimizer: str = "adamw",
+    kind: type[Trainer] | None = None,
+) -> Trainer:
     from gdn_mup.training.gpu import GpuTrainer
 
     rules = ["sp", "gdn_mup"]
     scaled = scaled_model(MODEL, WIDTH, "heads", tokens.vocabulary_size, rules, optimizer)  # type: ignore[arg-type]
-    kind = GpuTrainer if device == "cuda" else Trainer
+    kind = kind or (GpuTrainer if device == "cuda" else Trainer)
     return kind(members, scaled, MODEL, TRAINING, optimizer, 0, tokens, device)  # type: ignore[arg-type]
 
 
@@ -117,8 +124,10 @@ def test_groups_give_what_one_group_gives(tokens: TokenFile, validation: TokenFi
 
 
 @contextmanager
-def little_memory(gib: float) -> Iterator[int]:
+def little_memory(gib: float, tokens: TokenFile) -> Iterator[int]:
     """Leave so much of the GPU's memory free; gives the bytes that this process holds meanwhile."""
+    steps(make_trainer(MEMBERS[:1], tokens, "cuda"), 4)  # what is set up once takes memory of its own
+    gc.collect()
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     hoard = torch.empty(free - int(gib * 2**30), dtype=torch.uint8, device="cuda")
@@ -137,7 +146,7 @@ def test_members_fill_the_memory_they_are_given(tokens: TokenFile, validation: T
     from gdn_mup.training.memory import members_that_fit
 
     batches = torch.from_numpy(validation.fixed_batches(1, TRAINING.batch_size, TRAINING.context_length))
-    with little_memory(1.0) as held:
+    with little_memory(1.0, tokens) as held:
         size = members_that_fit(MANY, lambda group: make_trainer(group, tokens, "cuda"), batches)
         torch.cuda.reset_peak_memory_stats()
         trainer = make_trainer(MANY[:size], tokens, "cuda")
@@ -155,7 +164,7 @@ def test_a_group_that_does_not_fit_starts_again_with_half_the_members(
 ) -> None:
     """A real out-of-memory error, wherever in building, running or recording a step it comes."""
     few = MANY[:160]
-    with little_memory(1.0), caplog.at_level(logging.WARNING):
+    with little_memory(1.0, tokens), caplog.at_level(logging.WARNING):
         curves = train(few, lambda group: make_trainer(group, tokens, "cuda"), len(few), WIDTH, TRAINING, validation)
     print(caplog.messages)
     assert caplog.messages[0] == "Out of memory: 160 members of width 128 at once; going on with 80"
@@ -165,15 +174,15 @@ def test_a_group_that_does_not_fit_starts_again_with_half_the_members(
 
 
 def test_coordinates_are_those_of_the_cpu(tokens: TokenFile, validation: TokenFile) -> None:
-    """Sizes that a coordinate check records, before training and after two updates."""
+    """Sizes that a coordinate check records, before training and after two updates: float32 on both."""
     members = [Member(rules, 2.0**-6) for rules in ("sp", "gdn_mup")]
     probe = torch.from_numpy(validation.fixed_batches(1, 2, TRAINING.context_length)[0, :, :-1])
     on_gpu, on_cpu = (
-        coordinate_check(make_trainer(members, tokens, device), members, (0, 2), probe, silent)
+        coordinate_check(make_trainer(members, tokens, device, kind=Trainer), members, (0, 2), probe, silent)
         for device in ("cuda", "cpu")
     )
     for name in on_cpu.data_vars:
         np.testing.assert_array_equal(on_gpu[name].isnull(), on_cpu[name].isnull())
         furthest = float(abs(on_gpu[name] / on_cpu[name] - 1).max())
         print(name, furthest)
-        assert furthest <= (0.25 if name == "gradient_rms" else 0.1), name  # the gates' scalars, as above
+        assert furthest <= 1e-2, name
