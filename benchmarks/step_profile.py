@@ -2,7 +2,7 @@
 
     python benchmarks/step_profile.py --width 256 --members 10
 
-Ours, or a peer of `benchmarks/throughput.py`. Kernels' time alone: what a step takes longer, the GPU waits for its host.
+Ours, or a peer of `benchmarks/throughput.py`. What a step takes longer than its kernels, the GPU waits for its host.
 """
 
 import argparse
