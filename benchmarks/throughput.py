@@ -302,9 +302,9 @@ def draw(record: dict[str, Any], path: Path) -> None:
     sns.set_theme(style="whitegrid", context="paper")
     cases = pd.DataFrame([case for case in record["cases"] if "failed" not in case and case["batch"] == BATCH])
     cases["width"] = cases["width"].astype(str)
-    cases["million tokens a second, all members"] = cases["tokens_per_second"] / 1e6
+    cases["million tokens/s, all members"] = cases["tokens_per_second"] / 1e6
     peak = record["roofline"]["matmul_flops_per_second"]
-    cases["model FLOP/s ÷ measured matmul FLOP/s"] = cases["model_flops_per_second"] / peak
+    cases["model FLOP/s ÷ matmul FLOP/s"] = cases["model_flops_per_second"] / peak
     ours = cases[cases["who"] == "ours"]
     palette = dict(zip(sorted(ours["width"].unique(), key=int), sns.color_palette("viridis", 2), strict=False))
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
@@ -316,8 +316,8 @@ def draw(record: dict[str, Any], path: Path) -> None:
         axis.set(xscale="log", xticks=sorted(ours["members"].unique()), ylim=(0, None))
         axis.set_xticklabels(sorted(ours["members"].unique()))
         axis.minorticks_off()
-    axes[0].set_title("dashed: fla eager, dotted: fla compiled (one member)", fontsize=8, loc="left")
-    axes[1].set_title(record["device"], fontsize=8, loc="left")
+    axes[0].set_title("a  side by side; dashed: fla eager, dotted: fla compiled, one member", fontsize=8, loc="left")
+    axes[1].set_title(f"b  of an {record['device']}'s measured {peak / 1e12:.0f} TFLOP/s", fontsize=8, loc="left")
     figure.savefig(path, dpi=150)
 
 
