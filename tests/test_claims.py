@@ -12,7 +12,7 @@ from gdn_mup.study.claims import CLAIMS, Verdict, judge_all, verdict_table
 def verdicts(selection: dict[str, Any] | None = None, **truth: Any) -> dict[tuple[str, str], Verdict]:
     """Verdicts by claim and rule set ("" is the claim as a whole)."""
     dataset = in_memory(study(), "lr_sweep", **truth)
-    found = judge_all(dataset.sel(selection) if selection else dataset)
+    found = judge_all({"lr_sweep": dataset.sel(selection) if selection else dataset})
     return {(verdict.claim, verdict.rules): verdict for verdict in found}
 
 
@@ -82,13 +82,38 @@ def test_each_growth_mode_has_its_own_verdict() -> None:
     dataset = in_memory(study(), "lr_sweep")
     other = in_memory(study(), "lr_sweep", slopes=SLOPES | {"mup": -1.0}).assign_coords(growth=["head_dim"])
     both = xr.concat([dataset, other], dim="growth")
-    found = {(v.growth, v.claim, v.rules): v.verdict for v in judge_all(both)}
+    found = {(v.growth, v.claim, v.rules): v.verdict for v in judge_all({"lr_sweep": both})}
     assert found["heads", "C2", "mup"] == "reproduced"
     assert found["head_dim", "C2", "mup"] == "not reproduced"
 
 
 def test_table_has_a_row_and_a_reason_for_every_verdict() -> None:
-    table = verdict_table(in_memory(study(), "lr_sweep"))
+    table = verdict_table({kind: in_memory(study(), kind) for kind in ("lr_sweep", "coordinates")})
     assert list(dict.fromkeys(table.claim)) == [claim.id for claim in CLAIMS]
-    assert len(table) == sum(1 + len(claim.rules) for claim in CLAIMS)
+    whole = table[table.rules == "all"]
+    assert list(whole.claim) == [claim.id for claim in CLAIMS]  # one growth mode
+    assert set(table.verdict) <= {"reproduced", "not reproduced", "inconclusive", "not tested"}
     assert (table.reason.str.len() > 0).all() and (table.decided_by.str.len() > 0).all()
+
+
+def test_wider_is_better_and_no_worse_than_sp() -> None:
+    found = verdicts()
+    assert found["C9", "gdn_mup"].verdict == "reproduced", found["C9", "gdn_mup"]
+    assert "32 to 64: 0.1" in found["C9", "gdn_mup"].reason
+    assert verdicts(slopes=SLOPES | {"mup": -1.0})["C9", "mup"].verdict == "not reproduced"
+
+
+def test_a_sweep_that_takes_no_longer_saves_nothing() -> None:
+    """The made-up jobs take 12.5 seconds at every width."""
+    found = verdicts()
+    assert found["C10", "gdn_mup"].verdict == "not reproduced"
+    assert "takes 1.0 times less time" in found["C10", "gdn_mup"].reason
+
+
+def test_one_growth_mode_does_not_decide_on_both() -> None:
+    assert verdicts()["C8", ""].verdict == "inconclusive"
+
+
+def test_experiments_that_a_study_does_not_have_are_not_tested() -> None:
+    found = verdicts()
+    assert {found[claim, ""].verdict for claim in ("C5", "C6")} == {"not tested"}

@@ -88,6 +88,23 @@ def get_job_files(kind: str):
     return get_files
 
 
+def get_kinds(study: Study) -> list[str]:
+    """The kinds of experiments that a study has, which are those of its datasets."""
+    return [kind for kind in ("lr_sweep", "coordinates") if study.jobs(kind)]
+
+
+def get_datasets(wildcards) -> dict[str, str]:
+    """For `input`: every dataset of the study, by kind."""
+    kinds = get_kinds(get_study(wildcards.study))
+    return {kind: f"results/{wildcards.study}/datasets/{kind}.nc" for kind in kinds}
+
+
+def get_verdict_parameters(wildcards, input, output) -> list[str]:
+    """As `get_parameters`, with an empty path for every kind of experiment that the study does not have."""
+    missing = [f"{kind}=" for kind in ("lr_sweep", "coordinates") if kind not in input.keys()]
+    return [*missing, *get_parameters(wildcards, input, output)]
+
+
 def get_parameters(wildcards, input, output) -> list[str]:
     """A notebook's parameters: the datasets that it is given, and where its products go (a path without suffix)."""
     datasets = [f"{name}={input[name]}" for name in ("lr_sweep", "coordinates") if name in input.keys()]
@@ -106,10 +123,14 @@ def get_products(name: str) -> list[str]:
     figures, tables = [], ["scaling_rules"]
     if study.coordinate_checks:
         figures += ["coordinate_check"]
+        if any(len(check.widths) > 1 for check in study.coordinate_checks):
+            figures += ["predicted_exponents", "gate_gradients"]
     if study.sweeps:
         figures += [f"lr_transfer_{sweep.optimizer}" for sweep in study.sweeps]
         figures += ["optimum_vs_width", "training_curves"]
-        tables += ["optima", "verdicts"]
+        tables += ["optima"]
+    if get_kinds(study):
+        tables += ["verdicts"]
     return [
         f"results/{name}/{product}"
         for product in [

@@ -100,3 +100,49 @@ use rule figure_coordinate_check as figure_training_curves with:
         "results/{study}/benchmarks/figures/training_curves.tsv"
     message:
         "Figure of study {wildcards.study}: training curves"
+
+
+use rule figure_coordinate_check as figure_predicted_exponents with:
+    input:
+        notebook="notebooks/predicted_exponents.ipynb",
+        coordinates="results/{study}/datasets/coordinates.nc",
+        code=["src/gdn_mup/study/exponent_figures.py", "src/gdn_mup/study/exponents.py"],
+    output:
+        svg=report(
+            "results/{study}/figures/predicted_exponents.svg",
+            caption="../report/predicted_exponents.rst",
+            category="Figures",
+            labels={"figure": "Predicted and measured exponents"},
+        ),
+        png="results/{study}/figures/predicted_exponents.png",
+        csv="results/{study}/figures/predicted_exponents.csv",
+        notebook="results/{study}/notebooks/predicted_exponents.ipynb",
+    log:
+        "results/{study}/logs/figures/predicted_exponents.log",
+    benchmark:
+        "results/{study}/benchmarks/figures/predicted_exponents.tsv"
+    message:
+        "Figure of study {wildcards.study}: predicted and measured exponents"
+
+
+use rule figure_coordinate_check as figure_gate_gradients with:
+    input:
+        notebook="notebooks/gate_gradients.ipynb",
+        coordinates="results/{study}/datasets/coordinates.nc",
+        code=["src/gdn_mup/study/exponent_figures.py", "src/gdn_mup/study/exponents.py"],
+    output:
+        svg=report(
+            "results/{study}/figures/gate_gradients.svg",
+            caption="../report/gate_gradients.rst",
+            category="Figures",
+            labels={"figure": "Gate gradients over training"},
+        ),
+        png="results/{study}/figures/gate_gradients.png",
+        csv="results/{study}/figures/gate_gradients.csv",
+        notebook="results/{study}/notebooks/gate_gradients.ipynb",
+    log:
+        "results/{study}/logs/figures/gate_gradients.log",
+    benchmark:
+        "results/{study}/benchmarks/figures/gate_gradients.tsv"
+    message:
+        "Figure of study {wildcards.study}: gate gradients over training"

@@ -59,9 +59,9 @@ use rule table_scaling_rules as table_optima with:
 
 use rule table_scaling_rules as table_verdicts with:
     input:
+        unpack(get_datasets),
         notebook="notebooks/verdicts.ipynb",
-        lr_sweep="results/{study}/datasets/lr_sweep.nc",
-        code=["src/gdn_mup/study/claims.py", "src/gdn_mup/study/optimum.py", "src/gdn_mup/study/tables.py"],
+        code=multiext("src/gdn_mup/study/", "claims.py", "optimum.py", "exponents.py", "width_fit.py", "tables.py"),
     output:
         csv="results/{study}/tables/verdicts.csv",
         page=report(
@@ -77,5 +77,7 @@ use rule table_scaling_rules as table_verdicts with:
         "results/{study}/logs/tables/verdicts.log",
     benchmark:
         "results/{study}/benchmarks/tables/verdicts.tsv"
+    params:
+        parameters=get_verdict_parameters,
     message:
         "Table of study {wildcards.study}: verdicts on the claims"

@@ -1,24 +1,30 @@
-"""Claims about learning-rate transfer, and what a study's sweeps say about each.
+"""The claims, and what a study's datasets say about each.
 
-A claim is judged once per growth mode and rule set, from the estimates of `optimum`, and combined per growth
-mode: reproduced if every rule set it speaks of is, not reproduced if any is refuted. A verdict always carries
-the numbers that it rests on. To add a claim, append it to `CLAIMS` with the function that judges it.
+A claim is judged once per growth mode, optimizer and rule set, and combined per growth mode: reproduced if every
+rule set it speaks of is, not reproduced if any is refuted. A verdict always carries the numbers that it rests on. To
+add a claim, append it to `CLAIMS` with the function that judges it.
 
 Absence of an effect cannot be read off a wide interval, so "does not move" asks for two things: an interval
 that contains 0, and one that is narrow enough to tell 0 from what would matter (`SLOPE_TOLERANCE`,
 `REGRET_TOLERANCE`). Failing the first refutes the claim, failing the second leaves it inconclusive.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
 import pandas as pd
 import xarray as xr
+from scipy import stats
 
 from gdn_mup.scaling.rules import RULE_SETS
+from gdn_mup.study.exponents import GATES, exponents, gate_gradients
 from gdn_mup.study.optimum import Transfer, signed, transfer
+
+# A study's collected datasets by kind: "lr_sweep", "coordinates". One that is absent was not run.
+Evidence = Mapping[str, xr.Dataset]
 
 VerdictName = Literal["reproduced", "not reproduced", "inconclusive", "not tested"]
 
@@ -31,6 +37,10 @@ SLOPE_TOLERANCE = 0.5
 REGRET_TOLERANCE = 0.04
 
 MUP_RULES = ("mup", "liu_gu", "gdn_mup")
+OPTIMIZERS = {"adamw": "AdamW", "sgd": "SGD"}
+
+TRUNK = ("mixer_output", "mlp_output", "residual", "final_norm", "logits")  # what every block reads and writes
+FLAT = 0.25  # a width exponent up to this is not called growth: half of the smallest power that a wrong rule leaves
 
 
 @dataclass(frozen=True)
@@ -49,15 +59,34 @@ class Verdict:
 class Claim:
     """A statement that a study can decide.
 
-    `decided_by` says in words what `judge` computes from one sweep's estimates.
+    `decided_by` says in words what `judge` computes from the datasets: verdicts on single rule sets and optimizers,
+    which are combined per growth mode.
     """
 
     id: str
     statement: str
     decided_by: str
-    optimizer: str
-    rules: tuple[str, ...]
-    judge: Callable[[Transfer], tuple[VerdictName, str]]
+    judge: Callable[[str, Evidence], list[Verdict]]  # is given the claim's id
+
+
+def of_sweeps(
+    optimizer: str, rules: Sequence[str], judge: Callable[[Transfer], tuple[VerdictName, str]]
+) -> Callable[[str, Evidence], list[Verdict]]:
+    """Judges each rule set's sweep under one optimizer, in every growth mode."""
+
+    def verdicts(claim: str, evidence: Evidence) -> list[Verdict]:
+        dataset = evidence.get("lr_sweep")
+        if dataset is None:
+            return []
+        found = []
+        for growth in map(str, dataset.growth.values):
+            for name in rules:
+                sweep = transfer(dataset, growth, optimizer, name)
+                judged = judge(sweep) if sweep else ("not tested", "the study has no such sweep")
+                found.append(Verdict(claim, growth, optimizer, name, *judged))
+        return found
+
+    return verdicts
 
 
 def optimum_moves(sweep: Transfer) -> tuple[VerdictName, str]:
@@ -91,14 +120,148 @@ def optimum_transfers(sweep: Transfer) -> tuple[VerdictName, str]:
     return verdict, "; ".join(reason for name, reason in parts if name == verdict)
 
 
+def wider_is_better(sweep: Transfer) -> tuple[VerdictName, str]:
+    """At the learning rate transferred from the base width, every doubling of width lowers the loss."""
+    base = sweep.optima.get(sweep.base_width)
+    if base is None or base.reason:
+        return "inconclusive", f"no optimum at the base width: {base.reason if base else 'not run'}"
+    if not _wider(sweep):
+        return "inconclusive", f"only width {sweep.base_width} was run"
+    steps = []
+    for narrow, wide in pairwise(sweep.widths):
+        gain, low, high = _paired_gain(sweep, narrow, wide, base.log2_learning_rate)
+        if np.isinf(gain):
+            return "not reproduced", f"width {wide}: training diverges at the transferred learning rate"
+        steps.append((low, high, f"{narrow} to {wide}: {gain:.3f} nats [{low:.3f}, {high:.3f}]"))
+    reason = "loss falls at the transferred learning rate, " + ", ".join(text for _, _, text in steps)
+    if all(low > 0 for low, _, _ in steps):
+        return "reproduced", reason
+    if any(high < 0 for _, high, _ in steps):
+        return "not reproduced", reason
+    return "inconclusive", f"{reason}: an interval contains 0"
+
+
+def no_worse_than_sp(claim: str, evidence: Evidence) -> list[Verdict]:
+    """Each rule set's best loss at the widest width that is bracketed under both, less that under SP."""
+    found: list[Verdict] = []
+    dataset = evidence.get("lr_sweep")
+    if dataset is None:
+        return found
+    for growth in map(str, dataset.growth.values):
+        for optimizer in map(str, dataset.optimizer.values):
+            reference = transfer(dataset, growth, optimizer, "sp")
+            for rules in MUP_RULES:
+                sweep = transfer(dataset, growth, optimizer, rules)
+                if sweep is None or reference is None:
+                    continue
+                parts = [wider_is_better(sweep), _best_losses(sweep, reference)]
+                verdict = _combined(name for name, _ in parts)
+                found.append(
+                    Verdict(claim, growth, optimizer, rules, verdict, "; ".join(reason for _, reason in parts))
+                )
+    return found
+
+
+def changes_keep_their_size(claim: str, evidence: Evidence) -> list[Verdict]:
+    """Changes of what the residual stream carries: none grows under μP, and under SP some do where predicted."""
+    dataset = evidence.get("coordinates")
+    if dataset is None:
+        return []
+    table = exponents(dataset)
+    table = table[(table.measure == "change") & table.name.isin(TRUNK) & (table.step == table.step.max())]
+    found = []
+    for (growth, optimizer, rules), part in table.groupby(["growth", "optimizer", "rules"], sort=False):
+        top = part.loc[part.exponent.idxmax()]
+        reason = f"largest exponent of a change after {top.step} updates: {_exponent_in_words(top)} ({top['name']})"
+        if rules == "sp":
+            expected = part[part.predicted_low > FLAT]
+            if expected.empty:
+                verdict: VerdictName = "not tested"
+                reason = "no change is predicted to grow"
+            elif (expected.low > FLAT).any():
+                verdict = "reproduced"
+            else:
+                verdict = "inconclusive" if (expected.high > FLAT).any() else "not reproduced"
+        elif (part.low > FLAT).any():
+            verdict = "not reproduced"
+        else:
+            verdict = "reproduced" if (part.high <= FLAT).all() else "inconclusive"
+        found.append(Verdict(claim, growth, optimizer, rules, verdict, reason))
+    return found
+
+
+def gates_are_independent(claim: str, evidence: Evidence) -> list[Verdict]:
+    """Whether gates' gradients in late training scale as sums of terms of independent signs."""
+    dataset = evidence.get("coordinates")
+    if dataset is None:
+        return []
+    table = gate_gradients(dataset)
+    table = table[table.independent != table.aligned]
+    found = []
+    for (growth, optimizer, rules), part in table.groupby(["growth", "optimizer", "rules"], sort=False):
+        first, last = part[part.step == part.step.min()], part[part.step == part.step.max()]
+        mean, (low, high) = _pooled(last)
+        start, _ = _pooled(first)
+        independent, aligned = float(last.independent.iloc[0]), float(last.aligned.iloc[0])
+        reason = (
+            f"gradients of {', '.join(GATES)} ∝ width^{signed(start)} in update {first.step.iloc[0]}, "
+            f"^{signed(mean)} [{signed(low)}, {signed(high)}] in update {last.step.iloc[0]}; "
+            f"{signed(independent)} if independent, {signed(aligned)} if aligned"
+        )
+        holds = {value: low <= value <= high for value in (independent, aligned)}
+        nearer = abs(mean - independent) < abs(mean - aligned)
+        if holds[independent] and not holds[aligned]:
+            verdict: VerdictName = "reproduced"
+        elif not holds[independent] and not nearer:
+            verdict = "not reproduced"
+        else:
+            verdict = "inconclusive"
+        found.append(Verdict(claim, growth, optimizer, rules, verdict, reason))
+    return found
+
+
+def either_growth(claim: str, evidence: Evidence) -> list[Verdict]:
+    """Whether the optimum of the shape rules transfers, where both growth modes were run under an optimizer."""
+    found = []
+    for optimizer in OPTIMIZERS:
+        judged = of_sweeps(optimizer, ("gdn_mup",), optimum_transfers)(claim, evidence)
+        tested = [verdict for verdict in judged if verdict.verdict != "not tested"]
+        if len(tested) == 1:
+            only = f"only growth by {tested[0].growth} was run; there: {tested[0].reason}"
+            tested = [replace(tested[0], verdict="inconclusive", reason=only)]
+        found += tested
+    return found
+
+
+def tuning_small_saves(claim: str, evidence: Evidence) -> list[Verdict]:
+    """Seconds of a sweep at the widest width over those at the base width, where the optimum transfers."""
+    dataset = evidence.get("lr_sweep")
+    if dataset is None:
+        return []
+    found = []
+    for growth in map(str, dataset.growth.values):
+        for optimizer in map(str, dataset.optimizer.values):
+            for rules in MUP_RULES:
+                sweep = transfer(dataset, growth, optimizer, rules)
+                if sweep is None or not _wider(sweep):
+                    continue
+                widest = sweep.widths[-1]
+                seconds = dataset.seconds.sel(growth=growth, optimizer=optimizer).mean("seed")
+                saved = float(seconds.sel(width=widest) / seconds.sel(width=sweep.base_width))
+                verdict, why = optimum_transfers(sweep)
+                reason = f"a sweep at width {sweep.base_width} takes {saved:.1f} times less time than at {widest}"
+                if verdict == "reproduced" and saved <= 1:
+                    verdict = "not reproduced"
+                found.append(Verdict(claim, growth, optimizer, rules, verdict, f"{reason}; {why}"))
+    return found
+
+
 CLAIMS: tuple[Claim, ...] = (
     Claim(
         id="C1",
         statement="Under AdamW and standard parametrization, the best learning rate falls with width.",
         decided_by="slope of log₂ LR* against log₂ width: its 95 % interval lies below 0",
-        optimizer="adamw",
-        rules=("sp",),
-        judge=optimum_moves,
+        judge=of_sweeps("adamw", ("sp",), optimum_moves),
     ),
     Claim(
         id="C2",
@@ -107,53 +270,88 @@ CLAIMS: tuple[Claim, ...] = (
             f"slope: interval contains 0 and lies within ±{SLOPE_TOLERANCE} octaves per doubling; transfer "
             f"regret at each width: interval below {REGRET_TOLERANCE} nats or the spread between seeds"
         ),
-        optimizer="adamw",
-        rules=MUP_RULES,
-        judge=optimum_transfers,
+        judge=of_sweeps("adamw", MUP_RULES, optimum_transfers),
     ),
     Claim(
         id="C3",
         statement="Under SGD and standard parametrization, the best learning rate falls with width.",
         decided_by="as C1",
-        optimizer="sgd",
-        rules=("sp",),
-        judge=optimum_moves,
+        judge=of_sweeps("sgd", ("sp",), optimum_moves),
     ),
     Claim(
         id="C4",
         statement="Under SGD and μP, the best learning rate of the base width is the best at every width.",
         decided_by="as C2",
-        optimizer="sgd",
-        rules=MUP_RULES,
-        judge=optimum_transfers,
+        judge=of_sweeps("sgd", MUP_RULES, optimum_transfers),
+    ),
+    Claim(
+        id="C5",
+        statement="Under μP no change that training makes to the residual stream grows with width; under SP some do.",
+        decided_by=(
+            f"width exponents of the changes of {', '.join(TRUNK)} at the last step: μP, all intervals below {FLAT}; "
+            f"SP, an interval above {FLAT} where growth is predicted"
+        ),
+        judge=changes_keep_their_size,
+    ),
+    Claim(
+        id="C6",
+        statement="A gate's gradient is a sum over its head's channels of terms of independent signs, in training too.",
+        decided_by=(
+            "pooled width exponent of the gates' gradients in the last update, growth by head dim: its 95 % interval "
+            "contains that of independent terms (−½ below aligned ones) and not that of aligned ones"
+        ),
+        judge=gates_are_independent,
+    ),
+    Claim(
+        id="C8",
+        statement="One rule set (gdn_mup) transfers whichever way a network grows: by more heads or by larger ones.",
+        decided_by="C2 and C4 for gdn_mup in both growth modes",
+        judge=either_growth,
+    ),
+    Claim(
+        id="C9",
+        statement="At the transferred learning rate wider is better, and the best loss is not worse than under SP.",
+        decided_by=(
+            "fall of the loss from each width to the next, paired by seed: intervals above 0; best loss less SP's at "
+            f"the widest width: interval below {REGRET_TOLERANCE} nats"
+        ),
+        judge=no_worse_than_sp,
+    ),
+    Claim(
+        id="C10",
+        statement="Tuning at the base width costs less than at the target, and finds the same learning rate.",
+        decided_by="measured seconds of a sweep at the widest and at the base width, where C2 or C4 holds",
+        judge=tuning_small_saves,
     ),
 )
 
 
-def judge_all(dataset: xr.Dataset, claims: Sequence[Claim] = CLAIMS) -> list[Verdict]:
-    """Verdicts on every claim for every growth mode of a collected `lr_sweep` dataset.
+def judge_all(evidence: Evidence, claims: Sequence[Claim] = CLAIMS) -> list[Verdict]:
+    """Verdicts on every claim, for every growth mode that the datasets hold.
 
-    For each claim and growth mode: first the claim as a whole, then one verdict per rule set.
+    For each claim and growth mode: first the claim as a whole, then one verdict per optimizer and rule set.
     """
+    growths = dict.fromkeys(str(growth) for dataset in evidence.values() for growth in dataset.growth.values)
     verdicts: list[Verdict] = []
     for claim in claims:
-        for growth in map(str, dataset.growth.values):
-            each: list[Verdict] = []
-            for rules in claim.rules:
-                sweep = transfer(dataset, growth, claim.optimizer, rules)
-                judged = claim.judge(sweep) if sweep else ("not tested", "the study has no such sweep")
-                each.append(Verdict(claim.id, growth, claim.optimizer, rules, *judged))
+        judged = claim.judge(claim.id, evidence)
+        for growth in growths:
+            each = [verdict for verdict in judged if verdict.growth == growth]
             tested = [verdict for verdict in each if verdict.verdict != "not tested"]
             whole = _combined(verdict.verdict for verdict in tested)
-            reason = "; ".join(
-                f"{RULE_SETS[verdict.rules].title}: {verdict.verdict}" for verdict in each if len(claim.rules) > 1
-            )
-            reason = reason if tested and reason else each[0].reason
-            verdicts += [Verdict(claim.id, growth, claim.optimizer, "", whole, reason), *each]
+            several = len({verdict.optimizer for verdict in each}) > 1
+            reasons = [
+                f"{f'{OPTIMIZERS[v.optimizer]}, ' if several else ''}{RULE_SETS[v.rules].title}: {v.verdict}"
+                for v in each
+            ]
+            if len(each) < 2:
+                reasons = [verdict.reason for verdict in each] or ["the study has no such experiment"]
+            optimizer = "" if several or not each else each[0].optimizer
+            verdicts += [Verdict(claim.id, growth, optimizer, "", whole, "; ".join(reasons)), *each]
     return verdicts
 
 
-def verdict_table(dataset: xr.Dataset, claims: Sequence[Claim] = CLAIMS) -> pd.DataFrame:
+def verdict_table(evidence: Evidence, claims: Sequence[Claim] = CLAIMS) -> pd.DataFrame:
     """`judge_all` as a table, one row per verdict."""
     statements = {claim.id: claim for claim in claims}
     return pd.DataFrame(
@@ -162,12 +360,13 @@ def verdict_table(dataset: xr.Dataset, claims: Sequence[Claim] = CLAIMS) -> pd.D
                 "claim": verdict.claim,
                 "statement": statements[verdict.claim].statement,
                 "growth": verdict.growth,
+                "optimizer": verdict.optimizer,
                 "rules": verdict.rules or "all",
                 "verdict": verdict.verdict,
                 "reason": verdict.reason,
                 "decided_by": statements[verdict.claim].decided_by,
             }
-            for verdict in judge_all(dataset, claims)
+            for verdict in judge_all(evidence, claims)
         ]
     )
 
@@ -220,3 +419,54 @@ def _within_noise(sweep: Transfer, width: int) -> tuple[VerdictName, str]:
     if high > tolerance:
         return "inconclusive", f"{reason} reaches above the tolerance {tolerance:.3f}"
     return "reproduced", reason
+
+
+def _paired_gain(sweep: Transfer, narrow: int, wide: int, log2_rate: float) -> tuple[float, float, float]:
+    """Mean fall of the loss from a width to a wider one at one learning rate, with its interval over seeds.
+
+    Losses are those of the grid's nearest learning rate: the same at both widths.
+    """
+    losses = []
+    for width in (narrow, wide):
+        curve = sweep.curves[width]
+        rates = np.log2(curve.columns.to_numpy(np.float64))
+        losses.append(curve.iloc[:, int(np.abs(rates - log2_rate).argmin())])
+    gains = (losses[0] - losses[1]).to_numpy(np.float64)
+    if not np.isfinite(losses[1]).all():
+        return np.inf, np.nan, np.nan
+    return _mean_with_interval(gains)
+
+
+def _best_losses(sweep: Transfer, reference: Transfer) -> tuple[VerdictName, str]:
+    widths = [w for w in _wider(sweep) if w in reference.optima]
+    widths = [w for w in widths if not (sweep.optima[w].reason or reference.optima[w].reason)]
+    if not widths:
+        return "inconclusive", "no width with an optimum under both"
+    width = widths[-1]
+    one, other = sweep.optima[width], reference.optima[width]
+    difference = one.loss - other.loss
+    # Ends of the two intervals, as if independent.
+    low = difference - np.hypot(one.loss - one.loss_interval.low, other.loss_interval.high - other.loss)
+    high = difference + np.hypot(one.loss_interval.high - one.loss, other.loss - other.loss_interval.low)
+    reason = f"best loss at width {width} less SP's: {signed(difference)} nats [{signed(low)}, {signed(high)}]"
+    if high <= REGRET_TOLERANCE:
+        return "reproduced", reason
+    return ("not reproduced" if low > 0 else "inconclusive"), reason
+
+
+def _pooled(part: pd.DataFrame) -> tuple[float, tuple[float, float]]:
+    """Mean exponent of the gates, and the mean ends of their intervals: they share their seeds."""
+    return float(part.exponent.mean()), (float(part.low.mean()), float(part.high.mean()))
+
+
+def _mean_with_interval(values: np.ndarray) -> tuple[float, float, float]:
+    """Mean and Student's 95 % interval over seeds (NaN with one)."""
+    mean = float(values.mean())
+    if len(values) < 2:
+        return mean, np.nan, np.nan
+    low, high = stats.t.interval(0.95, len(values) - 1, loc=mean, scale=max(stats.sem(values), 1e-12))
+    return mean, float(low), float(high)
+
+
+def _exponent_in_words(row: pd.Series) -> str:
+    return f"{signed(row.exponent)} [{signed(row.low)}, {signed(row.high)}]"

@@ -123,7 +123,7 @@ def save(figure: Figure, table: pd.DataFrame, stem: Path | str) -> None:
         table.to_csv(path, index=False, float_format="%.6g")
 
 
-def _styled(draw: Callable[..., Drawing]) -> Callable[..., Drawing]:
+def styled(draw: Callable[..., Drawing]) -> Callable[..., Drawing]:
     """Draws in the style above, and closes the figure so that a notebook shows it once."""
 
     @wraps(draw)
@@ -140,7 +140,7 @@ def _styled(draw: Callable[..., Drawing]) -> Callable[..., Drawing]:
 # Learning-rate transfer
 
 
-@_styled
+@styled
 def lr_transfer(dataset: xr.Dataset, optimizer: str) -> Drawing:
     """Held-out loss against learning rate: a panel per rule set (and row per growth mode), a line per width.
 
@@ -149,7 +149,7 @@ def lr_transfer(dataset: xr.Dataset, optimizer: str) -> Drawing:
     Raises UserError if the study has no sweep with this optimizer.
     """
     sweeps = transfers(dataset, optimizer)
-    growths, rules = _distinct(s.growth for s in sweeps), _distinct(s.rules for s in sweeps)
+    growths, rules = distinct(s.growth for s in sweeps), distinct(s.rules for s in sweeps)
     colours = width_colours(width for s in sweeps for width in s.widths)
     figure, axes = plt.subplots(
         len(growths),
@@ -159,7 +159,7 @@ def lr_transfer(dataset: xr.Dataset, optimizer: str) -> Drawing:
         sharey="row",
         squeeze=False,
     )
-    letters = _letters()
+    letter = letters()
     for i, growth in enumerate(growths):
         here = {s.rules: s for s in sweeps if s.growth == growth}
         floor, ceiling = _loss_range(here.values())
@@ -170,20 +170,20 @@ def lr_transfer(dataset: xr.Dataset, optimizer: str) -> Drawing:
                 continue
             _loss_curves(ax, here[name], colours, ceiling)
             ax.set_ylim(floor, ceiling)
-            _panel_title(ax, next(letters), f"{RULE_TITLES[name]}\n{_slope_label(here[name])}")
+            panel_title(ax, next(letter), f"{RULE_TITLES[name]}\n{_slope_label(here[name])}")
             _power_axis(ax.xaxis)
         axes[i, 0].set_ylabel(
             "held-out loss (nats/token)" + (f"\ngrowth by {GROWTH_TITLES[growth]}" if len(growths) > 1 else "")
         )
     for ax in axes[-1]:
         ax.set_xlabel("learning rate\nat the base width")
-    _title(figure, f"{OPTIMIZER_TITLES[optimizer]}: {_transfer_finding(sweeps)}")
+    title(figure, f"{OPTIMIZER_TITLES[optimizer]}: {_transfer_finding(sweeps)}")
     handles = [Line2D([], [], color=colours[w], label=f"{w}") for w in colours]
     handles += [
         Line2D([], [], color="0.3", marker="o", mec="white", mew=0.5, ms=5, label="optimum, 95 % interval"),
         Line2D([], [], color="0.3", marker="x", ls="none", label="a seed diverged"),
     ]
-    _legend(figure, handles, "width")
+    legend(figure, handles, "width")
     return Drawing(figure, _member_table(sweeps))
 
 
@@ -240,7 +240,7 @@ def _transfer_finding(sweeps: Sequence[Transfer]) -> str:
     """What the slopes say, as one line."""
     several = len({s.growth for s in sweeps}) > 1
     parts = []
-    for name in _distinct(s.rules for s in sweeps):
+    for name in distinct(s.rules for s in sweeps):
         slopes = [s for s in sweeps if s.rules == name and not s.slope.reason]
         if slopes:
             values = ", ".join(
@@ -286,7 +286,7 @@ def _member_table(sweeps: Sequence[Transfer]) -> pd.DataFrame:
 # Optimum against width
 
 
-@_styled
+@styled
 def optimum_vs_width(dataset: xr.Dataset) -> Drawing:
     """Optimal learning rate against width, a panel per optimizer (and row per growth mode), a line per rule set.
 
@@ -294,10 +294,10 @@ def optimum_vs_width(dataset: xr.Dataset) -> Drawing:
     rate of a grid that does not bracket its optimum. The table has one row per optimum.
     """
     sweeps = transfers(dataset)
-    growths, optimizers = _distinct(s.growth for s in sweeps), _distinct(s.optimizer for s in sweeps)
+    growths, optimizers = distinct(s.growth for s in sweeps), distinct(s.optimizer for s in sweeps)
     size = (FULL_WIDTH if len(optimizers) > 1 else COLUMN_WIDTH, 0.55 + 2.5 * len(growths))
     figure, axes = plt.subplots(len(growths), len(optimizers), figsize=size, sharex=True, squeeze=False, sharey=False)
-    letters = _letters()
+    letter = letters()
     rows = []
     for i, growth in enumerate(growths):
         for j, optimizer in enumerate(optimizers):
@@ -310,9 +310,9 @@ def optimum_vs_width(dataset: xr.Dataset) -> Drawing:
                 _optima_of(ax, sweep, shift=0.05 * (k - (len(here) - 1) / 2))
                 rows += _optimum_rows(sweep)
             _power_axis(ax.yaxis)
-            _width_axis(ax, _distinct(width for s in sweeps for width in s.widths))
+            _width_axis(ax, distinct(width for s in sweeps for width in s.widths))
             growing = f", growth by {GROWTH_TITLES[growth]}" if len(growths) > 1 else ""
-            _panel_title(ax, next(letters), OPTIMIZER_TITLES[optimizer] + growing)
+            panel_title(ax, next(letter), OPTIMIZER_TITLES[optimizer] + growing)
             # Below the data, so that no line or bar runs through it: a share of the axis for its title and rows.
             low, high = ax.get_ylim()
             ax.set_ylim(high - (high - low) / (1 - 0.085 * (len(here) + 1) - 0.04), high)
@@ -325,7 +325,7 @@ def optimum_vs_width(dataset: xr.Dataset) -> Drawing:
             [], [], color="0.3", marker="o", mfc="white", ls="none", label="best of the grid, not bracketed"
         )
         figure.legend(handles=[hollow], loc="outside lower center")
-    _title(figure, _stays_finding(sweeps))
+    title(figure, _stays_finding(sweeps))
     return Drawing(figure, pd.DataFrame(rows))
 
 
@@ -386,7 +386,7 @@ def _stays_finding(sweeps: Sequence[Transfer]) -> str:
 def _named(found: Iterable[tuple[str, str]]) -> str:
     """(optimizer, rule set) pairs in words; rule sets that go with the same optimizers stand together."""
     optimizers: dict[str, list[str]] = {}
-    for optimizer, rules in _distinct(found):
+    for optimizer, rules in distinct(found):
         optimizers.setdefault(RULE_TITLES[rules], []).append(OPTIMIZER_TITLES[optimizer])
     together: dict[tuple[str, ...], list[str]] = {}
     for rules, names in optimizers.items():
@@ -397,7 +397,7 @@ def _named(found: Iterable[tuple[str, str]]) -> str:
 # Training curves
 
 
-@_styled
+@styled
 def training_curves(dataset: xr.Dataset) -> Drawing:
     """Training loss against step at the learning rate of the grid nearest the base width's optimum.
 
@@ -406,13 +406,13 @@ def training_curves(dataset: xr.Dataset) -> Drawing:
     them as they are. Rule sets whose base optimum is not bracketed use the best of the grid there.
     """
     sweeps = transfers(dataset)
-    rows, rules = _distinct((s.growth, s.optimizer) for s in sweeps), _distinct(s.rules for s in sweeps)
+    rows, rules = distinct((s.growth, s.optimizer) for s in sweeps), distinct(s.rules for s in sweeps)
     colours = width_colours(width for s in sweeps for width in s.widths)
     figure, axes = plt.subplots(
         len(rows), len(rules), figsize=(FULL_WIDTH, 0.75 + 1.65 * len(rows)), sharex="row", sharey="row", squeeze=False
     )
     window = max(1, dataset.sizes["step"] // 25)
-    letters, frames, wider_is_better, free, crosses = _letters(), [], {}, [], False
+    letter, frames, wider_is_better, free, crosses = letters(), [], {}, [], False
     for i, (growth, optimizer) in enumerate(rows):
         ceiling, floor = -np.inf, np.inf
         for j, name in enumerate(rules):
@@ -442,14 +442,14 @@ def training_curves(dataset: xr.Dataset) -> Drawing:
                 final.append(losses[rate].mean(skipna=False) if rate in losses else np.nan)
             if len(final) > 1:
                 wider_is_better[optimizer, name, growth] = bool(np.all(np.diff(final) < 0))
-            _panel_title(ax, next(letters), f"{RULE_TITLES[name]}\nη = {_power_text(rate)}")
+            panel_title(ax, next(letter), f"{RULE_TITLES[name]}\nη = {_power_text(rate)}")
         if np.isfinite(ceiling):
             axes[i, 0].set_ylim(floor - 0.04 * (ceiling - floor), ceiling + 0.05 * (ceiling - floor))
         label = OPTIMIZER_TITLES[optimizer]
         axes[i, 0].set_ylabel(f"{label}, {GROWTH_TITLES[growth]}\nloss (nats/token)")
     for ax in axes[-1]:
         ax.set_xlabel("step (updates)")
-    _title(figure, _wider_finding(wider_is_better))
+    title(figure, _wider_finding(wider_is_better))
     handles = [Line2D([], [], color=colours[w], label=f"{w}") for w in colours]
     handles += [
         Line2D([], [], color="0.3", label="training (band: seeds)"),
@@ -462,7 +462,7 @@ def training_curves(dataset: xr.Dataset) -> Drawing:
         ax.set_axis_off()
         ax.legend(handles=handles, title="width", loc="center left", alignment="left", title_fontsize=7)
     else:
-        _legend(figure, handles, "width")
+        legend(figure, handles, "width")
     return Drawing(figure, pd.concat(frames, ignore_index=True))
 
 
@@ -475,7 +475,7 @@ def _running_means(train: pd.DataFrame, window: int) -> Any:
 
 def _wider_finding(better: dict[tuple[str, str, str], bool]) -> str:
     """Where each wider model ends lower; a rule set counts under an optimizer if it does in every growth mode."""
-    pairs = _distinct((optimizer, rules) for optimizer, rules, _ in better)
+    pairs = distinct((optimizer, rules) for optimizer, rules, _ in better)
     holds = [pair for pair in pairs if all(value for key, value in better.items() if key[:2] == pair)]
     fails = [pair for pair in pairs if pair not in holds]
     lines = ["At the base width's best learning rate, wider is better"] if pairs else ["One width only"]
@@ -560,7 +560,7 @@ def coordinate_table(dataset: xr.Dataset) -> pd.DataFrame:
     return table[[*keys, "width", "size", "low", "high", "relative", "exponent"]]
 
 
-@_styled
+@styled
 def coordinate_check(dataset: xr.Dataset, quantities: Sequence[str] = COORDINATES) -> Drawing:
     """RMS of an activation's change since init against width, after the last update, over that at the base width.
 
@@ -571,7 +571,7 @@ def coordinate_check(dataset: xr.Dataset, quantities: Sequence[str] = COORDINATE
     """
     table = coordinate_table(dataset)
     shown = _last_changes(table, quantities)
-    rows = _distinct(zip(shown.growth, shown.optimizer, strict=True))
+    rows = distinct(zip(shown.growth, shown.optimizer, strict=True))
     columns = [name for name in quantities if name in set(shown.quantity)]
     rules = [name for name in RULE_TITLES if name in set(shown.rules)]
     figure, axes = plt.subplots(
@@ -582,7 +582,7 @@ def coordinate_check(dataset: xr.Dataset, quantities: Sequence[str] = COORDINATE
         sharey="row",
         squeeze=False,
     )
-    letters = _letters()
+    letter = letters()
     for i, (growth, optimizer) in enumerate(rows):
         here = shown[(shown.growth == growth) & (shown.optimizer == optimizer)]
         lines = here.rules.nunique() if len(here.width.unique()) > 1 else 0
@@ -592,7 +592,7 @@ def coordinate_check(dataset: xr.Dataset, quantities: Sequence[str] = COORDINATE
             ax = axes[i, j]
             panel = here[here.quantity == quantity]
             _coordinate_lines(ax, panel, rules, EXPECTED_EXPONENTS.get((growth, quantity), 0.0))
-            _panel_title(ax, next(letters), COORDINATE_TITLES.get(quantity, quantity) if i == 0 else "")
+            panel_title(ax, next(letter), COORDINATE_TITLES.get(quantity, quantity) if i == 0 else "")
         _power_axis(axes[i, 0].yaxis)
         axes[i, 0].set_ylabel(f"{OPTIMIZER_TITLES[optimizer]}\n{GROWTH_TITLES[growth]}")
     widths = sorted(shown.width.unique())
@@ -604,7 +604,7 @@ def coordinate_check(dataset: xr.Dataset, quantities: Sequence[str] = COORDINATE
     when = f"after {updates[0]} updates" if len(updates) == 1 else "at the last step"
     label = f"RMS of the change {when}, relative to base width"
     figure.supylabel(textwrap.fill(label, int(13.5 * figure.get_figheight())), fontsize=8)
-    _title(figure, _growth_finding(shown))
+    title(figure, _growth_finding(shown))
     handles = [
         Line2D([], [], color=RULE_COLOURS[name], marker=RULE_MARKERS[name], mec="white", mew=0.4, ms=4.5, lw=1)
         for name in rules
@@ -612,7 +612,7 @@ def coordinate_check(dataset: xr.Dataset, quantities: Sequence[str] = COORDINATE
     for handle, name in zip(handles, rules, strict=True):
         handle.set_label(RULE_TITLES[name])
     handles.append(Line2D([], [], color="0.6", lw=0.8, label="width-independent training"))
-    _legend(figure, handles)
+    legend(figure, handles)
     return Drawing(figure, table)
 
 
@@ -743,19 +743,19 @@ def width_colours(widths: Iterable[int]) -> dict[int, str]:
     return {width: to_hex(ramp(place)) for width, place in zip(ordered, places, strict=True)}
 
 
-def _distinct(values: Iterable[Any]) -> list[Any]:
+def distinct(values: Iterable[Any]) -> list[Any]:
     return list(dict.fromkeys(values))
 
 
-def _letters() -> Iterator[str]:
+def letters() -> Iterator[str]:
     return iter("abcdefghijklmnopqrstuvwxyz")
 
 
-def _panel_title(ax: Axes, letter: str, text: str) -> None:
+def panel_title(ax: Axes, letter: str, text: str) -> None:
     ax.set_title(rf"$\mathbf{{{letter}}}$  {text}", loc="left", linespacing=1.3)
 
 
-def _title(figure: Figure, text: str) -> None:
+def title(figure: Figure, text: str) -> None:
     """The finding, broken into lines that fit the figure."""
     characters = int(13.5 * figure.get_figwidth())
     figure.suptitle("\n".join(textwrap.fill(line, characters) for line in text.splitlines()))
@@ -779,7 +779,7 @@ def _width_axis(ax: Axes, widths: Sequence[int]) -> None:
     ax.xaxis.set_minor_locator(NullLocator())
 
 
-def _legend(figure: Figure, handles: Sequence[Line2D], title: str = "") -> None:
+def legend(figure: Figure, handles: Sequence[Line2D], title: str = "") -> None:
     """One line of keys below the panels, its title at the left."""
     heading = [Line2D([], [], ls="none", label=title)] if title else []
     figure.legend(

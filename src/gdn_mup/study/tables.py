@@ -14,7 +14,7 @@ import xarray as xr
 
 from gdn_mup.scaling.growth import Growth, Part
 from gdn_mup.scaling.rules import RULE_SETS
-from gdn_mup.study.claims import verdict_table
+from gdn_mup.study.claims import Evidence, verdict_table
 from gdn_mup.study.figures import GROWTH_TITLES, OPTIMIZER_TITLES, RULE_TITLES, replacing
 from gdn_mup.study.optimum import signed, transfers
 
@@ -223,18 +223,19 @@ def printed_optima(table: pd.DataFrame) -> pd.DataFrame:
 # Verdicts
 
 
-def verdicts(dataset: xr.Dataset) -> pd.DataFrame:
-    """Verdicts on every claim: per growth mode for the claim as a whole, then for each rule set."""
-    return verdict_table(dataset)
+def verdicts(evidence: Evidence) -> pd.DataFrame:
+    """Verdicts on every claim: per growth mode for the claim as a whole, then for each optimizer and rule set."""
+    return verdict_table(evidence)
 
 
 def printed_verdicts(table: pd.DataFrame) -> pd.DataFrame:
-    """One row per claim and growth mode, and one per rule set where a claim speaks of several."""
+    """One row per claim and growth mode, and one per optimizer and rule set where a claim speaks of several."""
     shown = table[(table.rules == "all") | (table.groupby(["claim", "growth"]).rules.transform("size") > 2)]
     return pd.DataFrame(
         {
             "claim": [f"{row.claim}. {row.statement}" if row.rules == "all" else "" for row in shown.itertuples()],
             "growth by": shown.growth.map(GROWTH_TITLES).to_list(),
+            "optimizer": [OPTIMIZER_TITLES.get(optimizer, "both") for optimizer in shown.optimizer],
             "rules": [RULE_TITLES.get(rules, rules) for rules in shown.rules],
             "verdict": shown.verdict.to_list(),
             "reason": shown.reason.to_list(),
