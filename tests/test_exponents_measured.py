@@ -116,7 +116,7 @@ def test_gate_gradients_under_growth_by_head_dim_are_judged(tokens: TokenFile) -
 
 def test_figures_say_what_was_found(checked: xr.Dataset) -> None:
     figure, table = predicted_exponents(checked)
-    assert "Width exponents as predicted" in figure.get_suptitle() and len(table) > 100
+    assert "As predicted:" in figure.get_suptitle() and len(table) > 100
     figure, table = gate_gradient_exponents(checked)
     assert "both premises predict the same" in figure.get_suptitle() and len(table)
 

@@ -235,7 +235,7 @@ def printed_verdicts(table: pd.DataFrame) -> pd.DataFrame:
         {
             "claim": [f"{row.claim}. {row.statement}" if row.rules == "all" else "" for row in shown.itertuples()],
             "growth by": shown.growth.map(GROWTH_TITLES).to_list(),
-            "optimizer": [OPTIMIZER_TITLES.get(optimizer, "both") for optimizer in shown.optimizer],
+            "optimizer": [OPTIMIZER_TITLES.get(optimizer, "") for optimizer in shown.optimizer],
             "rules": [RULE_TITLES.get(rules, rules) for rules in shown.rules],
             "verdict": shown.verdict.to_list(),
             "reason": shown.reason.to_list(),
