@@ -90,7 +90,7 @@ def get_job_files(kind: str):
 
 def get_parameters(wildcards, input, output) -> list[str]:
     """A notebook's parameters: the datasets that it is given, and where its products go (a path without suffix)."""
-    datasets = [f"{name}={input[name]}" for name in ("lr_sweep", "coordinates") if name in input.keys()]
+    datasets = [f"{name}={input[name]}" for name in ("lr_sweep", "coordinates", "multiplier") if name in input.keys()]
     return [*datasets, f"output={os.path.splitext(output.csv)[0]}"]
 
 
@@ -106,6 +106,8 @@ def get_products(name: str) -> list[str]:
     figures, tables = [], ["scaling_rules"]
     if study.coordinate_checks:
         figures += ["coordinate_check"]
+    if study.multiplier_checks:
+        figures += ["norm_epsilon"]
     if study.sweeps:
         figures += [f"lr_transfer_{sweep.optimizer}" for sweep in study.sweeps]
         figures += ["optimum_vs_width", "training_curves"]
