@@ -96,8 +96,9 @@ def multiplier_verdict(
         return "inconclusive", f"{reason}; no ε > 0 was run"
     trend = _trend(above)
     least, most = above.reader_change.min(), above.reader_change.max()
+    epsilons = " and ".join(f"{epsilon:.0e}" for epsilon in sorted(above.epsilon.unique()))
     reason += (
-        f"; at ε from {above.epsilon.min():.0e} to {above.epsilon.max():.0e} that of W_o changes by {least:.1e} to "
+        f"; at ε = {epsilons} that of W_o changes by {least:.1e} to "
         f"{most:.1e}, with rank correlation {trend.value:.2f} [{trend.low:.2f}, {trend.high:.2f}] to mean(o²) / ε"
     )
     if trend.high < 0:
@@ -109,13 +110,14 @@ def multiplier_verdict(
 
 
 def _trend(above: pd.DataFrame) -> Interval:
-    """Rank correlation of the change with mean(o²) / ε, over seeds."""
+    """Rank correlation of the change with mean(o²) / ε, over seeds; its interval is Fisher's, within ±1."""
     correlations = [
         float(stats.spearmanr(seed.mean_square / seed.epsilon, seed.reader_change).statistic)
         for _, seed in above.groupby("seed")
         if len(seed) > 2 and seed.reader_change.nunique() > 1
     ]
-    return _over_seeds(np.array(correlations))
+    within = np.clip(correlations, -0.999, 0.999)  # a correlation of ±1 has no finite transform
+    return Interval(*np.tanh(_over_seeds(np.arctanh(within))))
 
 
 def _over_seeds(values: np.ndarray) -> Interval:
