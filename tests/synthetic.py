@@ -8,7 +8,7 @@ import xarray as xr
 
 from gdn_mup.study import datasets
 from gdn_mup.study.datasets import DatasetKind
-from gdn_mup.study.plan import Job, Study, settings_hash
+from gdn_mup.study.plan import Job, MultiplierCheck, Study, settings_hash
 
 BASE_WIDTH = 32
 BEST_AT_BASE = -5.3  # log₂ of the best learning rate at the base width, off the grid
@@ -46,6 +46,7 @@ def study(**changes: Any) -> Study:
             adamw | {"optimizer": "sgd", "learning_rates": {"log2_first": -8, "log2_last": 0}},
         ],
         "coordinate_checks": [adamw | {"learning_rate": 0.01}],
+        "multiplier_checks": [adamw | {"learning_rate": 0.01}],
     }
     return Study.model_validate(sections | changes)
 
@@ -59,7 +60,7 @@ def job_file(
 ) -> xr.Dataset:
     """What a job of the study would have written."""
     random = np.random.default_rng([job.seed, job.width, len(job.optimizer)])
-    make = _lr_sweep if job.kind == "lr_sweep" else _coordinates
+    make = {"lr_sweep": _lr_sweep, "coordinates": _coordinates, "multiplier": _multiplier}[job.kind]
     dataset = make(plan, job, random, slopes, best_at_base, noise)
     dataset = dataset.assign_coords(growth=job.growth, optimizer=job.optimizer, width=job.width, seed=job.seed)
     dataset.attrs |= {
@@ -157,6 +158,45 @@ def _coordinates(
             "parameter": parameters,
         },
         attrs={"learning_rate": check.learning_rate},  # type: ignore[union-attr]
+    )
+
+
+def _multiplier(
+    plan: Study, job: Job, random: np.random.Generator, slopes: dict[str, float], best_at_base: float, noise: float
+) -> xr.Dataset:
+    """Every output of the norm has the same mean(o²); the change is what a smaller ε makes of it."""
+    check = plan.experiment_of(job)
+    assert isinstance(check, MultiplierCheck)
+    labels = {
+        "rules": list(check.rules),
+        "init": list(check.inits),
+        "kernel_scale": list(check.kernel_scales),
+        "epsilon": list(check.epsilons),
+        "step": list(check.steps),
+    }
+    sizes = {"study": 1e-2, "usual": 1e-6, "one": 1.0, "inverse_root": 1 / plan.model.head_dim}
+    shape = [len(values) for values in labels.values()]
+    square = np.array([[sizes[init] * sizes[scale] for scale in check.kernel_scales] for init in check.inits])
+    square = square[:, :, None, None] * np.exp(random.normal(0, 0.1, shape))
+    epsilon = np.array(check.epsilons)[:, None]
+    change = np.sqrt((square + epsilon) / (square + epsilon / job.width)) - 1 + 1e-15
+    layers, parameters, condition = np.arange(plan.model.layers), ["q", "o", "readout"], tuple(labels)
+    by_layer = ((*condition, "layer"), np.repeat(square[..., None], len(layers), -1))
+    return xr.Dataset(
+        {
+            "multiplier": job.width**0.5,
+            "mean_square": by_layer,
+            "median_square": by_layer,
+            "low_square": by_layer,
+            "share_below_epsilon": (by_layer[0], (by_layer[1] < epsilon[..., None]).astype(float)),
+            "loss": (condition, np.full(shape, 6.0)),
+            "loss_change": (condition, 0.01 * change),
+            "trained_loss_change": (condition, 0.02 * change),
+            "gradient_change": (condition, change),
+            "class_gradient_change": ((*condition, "parameter"), np.repeat(change[..., None], len(parameters), -1)),
+        },
+        coords={**labels, "layer": layers, "parameter": parameters},
+        attrs={"learning_rate": check.learning_rate},
     )
 
 

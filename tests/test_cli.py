@@ -32,6 +32,16 @@ STUDY = {
             "steps": [0, 1],
         }
     ],
+    "multiplier_checks": [
+        {
+            "growth": "heads",
+            "rules": ["sp", "gdn_mup"],
+            "widths": [16, 32],
+            "seeds": [0],
+            "learning_rate": 0.01,
+            "steps": [0, 1],
+        }
+    ],
     "sweeps": [
         {
             "growth": "heads",
@@ -64,7 +74,8 @@ def made(study: Path) -> dict[str, Path]:
     folder = study.parent
     paths = {"corpus": folder / "corpus"}
     assert gdn_mup("corpus", "--study", study, "--output", paths["corpus"]).returncode == 0
-    for kind, command, optimizer in (("lr_sweep", "sweep", "adamw"), ("coordinates", "coordinates", "sgd")):
+    commands = (("lr_sweep", "sweep", "adamw"), ("coordinates", "coordinates", "sgd"), ("multiplier",) * 2 + ("adamw",))
+    for kind, command, optimizer in commands:
         jobs = []
         for width in (16, 32):
             jobs.append(folder / f"{kind}{width}.nc")
@@ -98,7 +109,14 @@ def test_coordinate_checks_become_a_dataset(made: dict[str, Path]) -> None:
     assert (dataset.update_rms.sel(layer=0, parameter="q", step=1) > 0).all()
 
 
-@pytest.mark.parametrize("kind", ["lr_sweep", "coordinates"])
+def test_multiplier_checks_become_a_dataset(made: dict[str, Path]) -> None:
+    dataset = open_dataset(made["multiplier"], "multiplier")
+    np.testing.assert_allclose(dataset.multiplier.sel(width=32), 32**0.5)
+    assert (dataset.gradient_change.sel(epsilon=0) < 1e-12).all()
+    assert (dataset.gradient_change.sel(epsilon=1e-5) > 1e-6).all()
+
+
+@pytest.mark.parametrize("kind", ["lr_sweep", "coordinates", "multiplier"])
 def test_job_files_say_where_they_come_from(made: dict[str, Path], kind: str) -> None:
     job = open_job(made[f"{kind} job"], kind)  # type: ignore[arg-type]
     for attribute in ("commit", "settings", "settings_hash", "versions", "device", "corpus_sha256", "created"):

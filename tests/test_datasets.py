@@ -10,23 +10,24 @@ from synthetic import in_memory, job_file, study, write_jobs
 
 from gdn_mup.errors import UserError
 from gdn_mup.study import datasets
-from gdn_mup.study.plan import Study
+from gdn_mup.study.plan import SECTIONS, Study
 
 
 @pytest.fixture(scope="module")
 def plan() -> Study:
-    """Two widths and two seeds of one sweep and one coordinate check: eight small files."""
+    """Two widths and two seeds of one experiment of each kind: twelve small files."""
     small = {"growth": "heads", "optimizer": "adamw", "rules": ["sp", "mup"], "widths": [32, 64], "seeds": [0, 1]}
     return study(
         sweeps=[small | {"learning_rates": {"log2_first": -8, "log2_last": -4}}],
         coordinate_checks=[small | {"learning_rate": 0.01}],
+        multiplier_checks=[small | {"learning_rate": 0.01}],
     )
 
 
 @pytest.fixture(scope="module")
 def folder(plan: Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("study")
-    for kind in ("lr_sweep", "coordinates"):
+    for kind in SECTIONS:
         write_jobs(plan, kind, folder)
     return folder
 
@@ -35,7 +36,7 @@ def job_paths(plan: Study, folder: Path, kind: str) -> list[Path]:
     return [folder / job.path for job in plan.jobs(kind)]
 
 
-@pytest.mark.parametrize("kind", ["lr_sweep", "coordinates"])
+@pytest.mark.parametrize("kind", SECTIONS)
 def test_collected_dataset_survives_the_disk(plan: Study, folder: Path, tmp_path: Path, kind: str) -> None:
     collected = datasets.collect(job_paths(plan, folder, kind), kind, plan)
     datasets.write(collected, tmp_path / "collected.nc")
@@ -87,7 +88,7 @@ def test_provenance_that_differs_is_kept(plan: Study) -> None:
 
 
 def test_job_of_other_settings_is_refused(plan: Study, folder: Path) -> None:
-    changed = study(**plan.model_dump(mode="json", include={"sweeps", "coordinate_checks"}), training={"steps": 80})
+    changed = study(**plan.model_dump(mode="json", include=set(SECTIONS.values())), training={"steps": 80})
     path = job_paths(plan, folder, "lr_sweep")[0]
     with pytest.raises(UserError, match=rf"{path.name}: settings_hash \w+ is not the study's .*delete it"):
         datasets.collect([path], "lr_sweep", changed)

@@ -19,6 +19,7 @@ from gdn_mup.errors import UserError
 from gdn_mup.model.config import ModelSettings, model_shape
 from gdn_mup.scaling.growth import growth_between
 from gdn_mup.study import datasets, figures, tables
+from gdn_mup.study.multiplier import norm_epsilon
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
@@ -34,10 +35,16 @@ def coordinates() -> xr.Dataset:
 
 
 @pytest.fixture(scope="module")
-def drawings(lr_sweep: xr.Dataset, coordinates: xr.Dataset) -> dict[str, figures.Drawing]:
+def multiplier() -> xr.Dataset:
+    return in_memory(study(), "multiplier")
+
+
+@pytest.fixture(scope="module")
+def drawings(lr_sweep: xr.Dataset, coordinates: xr.Dataset, multiplier: xr.Dataset) -> dict[str, figures.Drawing]:
     return {
         "coordinate_check": figures.coordinate_check(coordinates),
         "lr_transfer": figures.lr_transfer(lr_sweep, "adamw"),
+        "norm_epsilon": norm_epsilon(multiplier),
         "optimum_vs_width": figures.optimum_vs_width(lr_sweep),
         "training_curves": figures.training_curves(lr_sweep),
     }
@@ -314,7 +321,12 @@ def notebooks() -> list[Path]:
 
 @pytest.mark.parametrize("path", notebooks(), ids=lambda path: path.stem)
 def test_notebook_runs_by_itself(
-    path: Path, lr_sweep: xr.Dataset, coordinates: xr.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path,
+    lr_sweep: xr.Dataset,
+    coordinates: xr.Dataset,
+    multiplier: xr.Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With its default parameters, from its own folder, as when opened in Jupyter."""
     (tmp_path / "Snakefile").touch()
@@ -326,6 +338,8 @@ def test_notebook_runs_by_itself(
         datasets.write(lr_sweep, tmp_path / "results/laptop/datasets/lr_sweep.nc")
     if "coordinates =" in code[0]:
         datasets.write(coordinates, tmp_path / "results/laptop/datasets/coordinates.nc")
+    if "multiplier =" in code[0]:
+        datasets.write(multiplier, tmp_path / "results/laptop/datasets/multiplier.nc")
     names: dict[str, Any] = {}
     for cell in code:
         exec(cell, names)
@@ -334,7 +348,7 @@ def test_notebook_runs_by_itself(
 
 
 def test_study_never_imports_torch() -> None:
-    modules = "figures, tables, claims, optimum, datasets"
+    modules = "figures, tables, claims, optimum, datasets, multiplier"
     code = f"import sys; from gdn_mup.study import {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

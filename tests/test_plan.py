@@ -7,7 +7,7 @@ import yaml
 from workflow_copy import ROOT
 
 from gdn_mup.errors import UserError
-from gdn_mup.study.plan import LearningRateGrid, load_study, settings_hash
+from gdn_mup.study.plan import SECTIONS, LearningRateGrid, load_study, settings_hash
 
 STUDIES = sorted((ROOT / "config/studies").glob("*.yaml"))
 SMOKE = ROOT / "config/studies/smoke.yaml"
@@ -16,7 +16,7 @@ SMOKE = ROOT / "config/studies/smoke.yaml"
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_studies_that_ship_are_valid(path: Path) -> None:
     study = load_study(path)
-    jobs = study.jobs("lr_sweep") + study.jobs("coordinates")
+    jobs = [job for kind in SECTIONS for job in study.jobs(kind)]
     assert jobs and len({job.path for job in jobs}) == len(jobs)
 
 
@@ -59,6 +59,9 @@ WRONG = {
     "files without a pattern": ({"corpus": {"source": "files"}}, "corpus: source `files` needs"),
     "text for a number": ({"model": {"layers": "many"}}, "model.layers: 'many'"),
     "two sweeps of a kind": ({"sweeps": {1: {"optimizer": "adamw"}}}, "sweeps[1]: a second entry"),
+    "epsilons that fall": ({"multiplier_checks": {0: {"epsilons": [1e-5, 0]}}}, "multiplier_checks[0].epsilons: eps"),
+    "a negative epsilon": ({"multiplier_checks": {0: {"epsilons": [-1.0]}}}, "multiplier_checks[0].epsilons: eps"),
+    "unknown init": ({"multiplier_checks": {0: {"inits": ["fla"]}}}, "multiplier_checks[0].inits[0]: 'fla'"),
     "a seed named twice": ({"sweeps": {0: {"seeds": [1, 1]}}}, "sweeps[0].seeds: named twice"),
 }
 

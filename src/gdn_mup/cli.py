@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -68,11 +68,11 @@ def plan(study: StudyFile) -> None:
     """List the jobs that a study asks for, with the members that each trains side by side."""
     from rich.table import Table
 
-    from gdn_mup.study.plan import Sweep, load_study, settings_hash
+    from gdn_mup.study.plan import SECTIONS, Sweep, load_study, settings_hash
 
     loaded = load_study(study)
     table = Table("kind", "growth", "optimizer", "width", "seed", "members", "steps", "settings", title=str(study))
-    for kind in ("coordinates", "lr_sweep"):
+    for kind in SECTIONS:
         for job in loaded.jobs(kind):
             experiment = loaded.experiment_of(job)
             if isinstance(experiment, Sweep):
@@ -199,6 +199,52 @@ def coordinates(
     _write_job(sizes, job, loaded.settings_of(job), ready, output)
 
 
+@app.command()
+def multiplier(
+    study: StudyFile,
+    corpus: CorpusFolder,
+    growth: GrowthOption,
+    width: WidthOption,
+    seed: SeedOption,
+    output: Output,
+    optimizer: OptimizerOption = "adamw",
+    threads: Threads = None,
+) -> None:
+    """Compare a model with itself with √width inserted before the delta rule's output norm, in float64 on the CPU."""
+    import torch
+
+    from gdn_mup.measurement.multiplier import multiplier_check
+    from gdn_mup.progress import progress
+    from gdn_mup.study.plan import Job, MultiplierCheck, load_study
+    from gdn_mup.training.sweep import Member, Trainer
+
+    loaded = load_study(study)
+    job = Job("multiplier", growth, optimizer, width, seed)  # type: ignore[arg-type]
+    check = loaded.experiment_of(job)
+    assert isinstance(check, MultiplierCheck)
+    ready = _prepare(loaded, job, corpus, threads, "cpu")
+    probe = ready.validation.fixed_batches(1, check.probe_sequences, loaded.training_of(check).context_length)[0]
+
+    def make_trainer(members: Sequence[Member], epsilon: float) -> Trainer:
+        model = loaded.model.model_copy(update={"norm_epsilon": epsilon})
+        trainer: Trainer = ready.make_trainer(members, model=model, dtype=torch.float64)
+        return trainer
+
+    with progress(_title(job), len(check.epsilons) * (max(check.steps) + 1)) as report:
+        changes = multiplier_check(
+            make_trainer,
+            [Member(rules, check.learning_rate) for rules in check.rules],
+            check.inits,
+            check.kernel_scales,
+            check.epsilons,
+            check.steps,
+            torch.from_numpy(probe),
+            report,
+        )
+    changes.attrs["learning_rate"] = check.learning_rate
+    _write_job(changes, job, loaded.settings_of(job), ready, output)
+
+
 @app.command("warm-up")
 def warm_up(
     study: Annotated[
@@ -247,17 +293,17 @@ def warm_up(
 @app.command()
 def collect(
     study: StudyFile,
-    kind: Annotated[str, typer.Option(help="`lr_sweep` or `coordinates`.")],
+    kind: Annotated[str, typer.Option(help="`lr_sweep`, `coordinates` or `multiplier`.")],
     output: Output,
     jobs: Annotated[list[Path], typer.Argument(help="Job files of that kind.")],
 ) -> None:
     """Gather job files into the study's dataset, with growth, optimizer, width and seed as dimensions."""
     from gdn_mup.study.datasets import collect as collect_jobs
     from gdn_mup.study.datasets import write
-    from gdn_mup.study.plan import load_study
+    from gdn_mup.study.plan import SECTIONS, load_study
 
-    if kind not in ("lr_sweep", "coordinates"):
-        raise UserError(f"--kind: {kind!r}: use lr_sweep or coordinates")
+    if kind not in SECTIONS:
+        raise UserError(f"--kind: {kind!r}: use lr_sweep, coordinates or multiplier")
     write(collect_jobs(jobs, kind, load_study(study)), output)  # type: ignore[arg-type]
 
 
@@ -279,7 +325,7 @@ class _Ready(NamedTuple):
     scaled: Any
     tokens: Any
     validation: Any
-    make_trainer: Callable[[Any], Any]  # of members
+    make_trainer: Callable[..., Any]  # of members, and of what is not as in the study
     group_size: Callable[[Any], int]  # how many of these members train at once
     device: str  # its name
 

@@ -18,6 +18,8 @@ os.environ.update(PATH=os.pathsep.join([os.path.dirname(sys.executable), os.envi
 # Snakemake hands this on as OMP_NUM_THREADS and its kin.
 TRAINING_THREADS = 1
 
+KINDS = ("lr_sweep", "coordinates", "multiplier")  # of experiments, and of their datasets
+
 
 wildcard_constraints:
     study=r"[A-Za-z0-9_-]+",
@@ -90,7 +92,7 @@ def get_job_files(kind: str):
 
 def get_kinds(study: Study) -> list[str]:
     """The kinds of experiments that a study has, which are those of its datasets."""
-    return [kind for kind in ("lr_sweep", "coordinates") if study.jobs(kind)]
+    return [kind for kind in KINDS if study.jobs(kind)]
 
 
 def get_datasets(wildcards) -> dict[str, str]:
@@ -101,13 +103,13 @@ def get_datasets(wildcards) -> dict[str, str]:
 
 def get_verdict_parameters(wildcards, input, output) -> list[str]:
     """As `get_parameters`, with an empty path for every kind of experiment that the study does not have."""
-    missing = [f"{kind}=" for kind in ("lr_sweep", "coordinates") if kind not in input.keys()]
+    missing = [f"{kind}=" for kind in KINDS if kind not in input.keys()]
     return [*missing, *get_parameters(wildcards, input, output)]
 
 
 def get_parameters(wildcards, input, output) -> list[str]:
     """A notebook's parameters: the datasets that it is given, and where its products go (a path without suffix)."""
-    datasets = [f"{name}={input[name]}" for name in ("lr_sweep", "coordinates") if name in input.keys()]
+    datasets = [f"{name}={input[name]}" for name in KINDS if name in input.keys()]
     return [*datasets, f"output={os.path.splitext(output.csv)[0]}"]
 
 
@@ -125,6 +127,8 @@ def get_products(name: str) -> list[str]:
         figures += ["coordinate_check"]
         if any(len(check.widths) > 1 for check in study.coordinate_checks):
             figures += ["predicted_exponents", "gate_gradients"]
+    if study.multiplier_checks:
+        figures += ["norm_epsilon"]
     if study.sweeps:
         figures += [f"lr_transfer_{sweep.optimizer}" for sweep in study.sweeps]
         figures += ["optimum_vs_width", "training_curves"]

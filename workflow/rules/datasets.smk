@@ -23,6 +23,23 @@ rule collect_lr_sweep:
         "gdn-mup collect --study {params.study} --kind {params.kind} --output {output} {input.jobs} > {log} 2>&1"
 
 
+use rule collect_lr_sweep as collect_multiplier with:
+    input:
+        jobs=get_job_files("multiplier"),
+        code="src/gdn_mup/study/datasets.py",
+    output:
+        "results/{study}/datasets/multiplier.nc",
+    log:
+        "results/{study}/logs/datasets/multiplier.log",
+    benchmark:
+        "results/{study}/benchmarks/datasets/multiplier.tsv"
+    params:
+        study="config/studies/{study}.yaml",
+        kind="multiplier",
+    message:
+        "Dataset of every multiplier check of study {wildcards.study}"
+
+
 use rule collect_lr_sweep as collect_coordinates with:
     input:
         jobs=get_job_files("coordinates"),

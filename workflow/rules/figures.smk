@@ -33,6 +33,29 @@ rule figure_coordinate_check:
         "python workflow/scripts/run_notebook.py {input.notebook} {output.notebook} {params.parameters} > {log} 2>&1"
 
 
+use rule figure_coordinate_check as figure_norm_epsilon with:
+    input:
+        notebook="notebooks/norm_epsilon.ipynb",
+        multiplier="results/{study}/datasets/multiplier.nc",
+        code=["src/gdn_mup/study/figures.py", "src/gdn_mup/study/multiplier.py"],
+    output:
+        svg=report(
+            "results/{study}/figures/norm_epsilon.svg",
+            caption="../report/norm_epsilon.rst",
+            category="Figures",
+            labels={"figure": "Multiplier before the norm"},
+        ),
+        png="results/{study}/figures/norm_epsilon.png",
+        csv="results/{study}/figures/norm_epsilon.csv",
+        notebook="results/{study}/notebooks/norm_epsilon.ipynb",
+    log:
+        "results/{study}/logs/figures/norm_epsilon.log",
+    benchmark:
+        "results/{study}/benchmarks/figures/norm_epsilon.tsv"
+    message:
+        "Figure of study {wildcards.study}: multiplier before the norm, and the norm's epsilon"
+
+
 use rule figure_coordinate_check as figure_lr_transfer with:
     input:
         notebook="notebooks/lr_transfer_{optimizer}.ipynb",

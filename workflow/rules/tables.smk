@@ -61,7 +61,7 @@ use rule table_scaling_rules as table_verdicts with:
     input:
         unpack(get_datasets),
         notebook="notebooks/verdicts.ipynb",
-        code=multiext("src/gdn_mup/study/", "claims.py", "optimum.py", "exponents.py", "width_fit.py", "tables.py"),
+        code=multiext("src/gdn_mup/study/", "claims.py", "optimum.py", "exponents.py", "multiplier.py", "tables.py"),
     output:
         csv="results/{study}/tables/verdicts.csv",
         page=report(

@@ -7,6 +7,8 @@ from pydantic import Field
 from gdn_mup.settings import Settings
 
 GrowthMode = Literal["heads", "head_dim"]
+InitName = Literal["study", "usual"]  # a study's own `initial_scale`, or one standard deviation at every width
+KernelScale = Literal["one", "inverse_root"]  # what multiplies q in the delta rule: 1, or K^-1/2 as in attention
 
 
 class InitialScale(Settings):

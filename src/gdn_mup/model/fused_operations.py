@@ -67,9 +67,12 @@ class FusedOperations:
         length: int,
         epsilon: float,
         record: Callable[[str, Tensor], None] | None = None,
+        output_multiplier: Tensor | None = None,
     ) -> Tensor:
         if record is not None:
             raise ValueError("fused operations record nothing: use model.operations")
+        if output_multiplier is not None:
+            raise ValueError("fused operations have no multiplier on the delta rule's output: use model.operations")
         y = y.unflatten(1, (batch, length))
         return _Mixer.apply(y, (conv, A_log, dt_bias, o_norm), shape, epsilon)
 

@@ -23,6 +23,7 @@ from gdn_mup.scaling.apply import ModelScaling
 from gdn_mup.scaling.growth import ParameterInfo, Part
 
 Record = Callable[[str, int, Tensor], None]
+USUAL_STD = 0.02  # `initializer_range` of fla's models, as of GPT-2
 OUTSIDE_BLOCKS = -1  # the layer under which embedding, final norm and logits are recorded
 
 
@@ -150,6 +151,7 @@ class LanguageModel:
         tensors: the stored tensors, views [M, ...] of `flat` that gradients are taken of.
         weights: every parameter of `parameter_table`, as a view [M, *shape] of `flat` without gradients.
         logits_multiplier: [M].
+        output_multiplier: [M], on the delta rule's output before its norm; None, for 1, unless it is studied.
         operations: what computes the losses: the module `model.operations`, or an object with the same functions.
     """
 
@@ -169,6 +171,7 @@ class LanguageModel:
         self.tensors = {name: nn.Parameter(view) for name, view in self.layout.views(self.flat).items()}
         self.weights = self._by_parameter({name: tensor.detach() for name, tensor in self.tensors.items()})
         self.logits_multiplier = torch.ones(members, dtype=dtype, device=device)
+        self.output_multiplier: Tensor | None = None
 
     def _by_parameter(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Views [M, *shape] of stored tensors [M, ...], one for every parameter."""
@@ -232,7 +235,8 @@ class LanguageModel:
                 record("residual", layer - 1, x)
             y = ops.linear(h, block["in_proj"])
             gates = block["conv"], block["A_log"], block["dt_bias"], block["o_norm"]
-            delta = ops.linear(ops.mixer(y, *gates, shape, batch, length, epsilon, record_here), block["o"])
+            o = ops.mixer(y, *gates, shape, batch, length, epsilon, record_here, self.output_multiplier)
+            delta = ops.linear(o, block["o"])
             if record:
                 record("mixer_output", layer, delta)
             x, h = ops.add_norm(x, delta, block["mlp_norm"], epsilon)
@@ -274,6 +278,19 @@ def initialize(
             # Scalars and gains (A_log, dt_bias, norms) have init multiplier 1 under every rule set.
             weight[member] = draw * scaling.parameters[name].init_std
     model.logits_multiplier.copy_(torch.tensor([scaling.logits for scaling in members]))
+
+
+@torch.no_grad()
+def initialize_as_usual(model: LanguageModel, members: Sequence[int], seed: int) -> None:
+    """Give these members (rows) the init of most language models: one standard deviation whatever the width.
+
+    It is that of every matrix and short convolution of fla's GatedDeltaNet models. Gains and gate scalars stay as
+    `initialize` left them, and the random numbers are those of `initialize`.
+    """
+    for name, weight in model.weights.items():
+        if weight.dim() > 2:
+            generator = torch.Generator().manual_seed(_stream(seed, name))
+            weight[list(members)] = (torch.randn(weight.shape[1:], generator=generator) * USUAL_STD).to(weight)
 
 
 def _draw(

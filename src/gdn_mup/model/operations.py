@@ -69,6 +69,7 @@ def mixer(
     length: int,
     epsilon: float,
     record: RecordAtLayer | None = None,
+    output_multiplier: Tensor | None = None,
 ) -> Tensor:
     """The gated delta rule of arXiv 2412.06464 as arXiv 2606.04048 uses it, between its two linear maps.
 
@@ -78,6 +79,7 @@ def mixer(
         A_log, dt_bias: [M, H].
         o_norm: gain [M, V].
         record: called with the name and value of every activation that a coordinate check measures.
+        output_multiplier: each member's factor [M] on the delta rule's output o before its norm; 1 without it.
 
     Returns:
         the normalised and gated output [M, N, H·V].
@@ -116,6 +118,8 @@ def mixer(
         output_final_state=record is not None,
     )
     o = o.view(members, batch, heads, length, value_dim).transpose(2, 3)  # [M, B, T, H, V]
+    if output_multiplier is not None:
+        o = o * output_multiplier.view(members, 1, 1, 1, 1)
     normed = rms_norm(o, o_norm, epsilon) * F.silu(
         output_gate.unflatten(1, (batch, length)).unflatten(-1, (heads, value_dim))
     )

@@ -21,9 +21,10 @@ from scipy import stats
 
 from gdn_mup.scaling.rules import RULE_SETS
 from gdn_mup.study.exponents import GATES, exponents, gate_gradients
+from gdn_mup.study.multiplier import multiplier_verdict
 from gdn_mup.study.optimum import Transfer, signed, transfer
 
-# A study's collected datasets by kind: "lr_sweep", "coordinates". One that is absent was not run.
+# A study's collected datasets by kind: "lr_sweep", "coordinates", "multiplier". One that is absent was not run.
 Evidence = Mapping[str, xr.Dataset]
 
 VerdictName = Literal["reproduced", "not reproduced", "inconclusive", "not tested"]
@@ -220,6 +221,17 @@ def gates_are_independent(claim: str, evidence: Evidence) -> list[Verdict]:
     return found
 
 
+def multiplier_is_epsilon(claim: str, evidence: Evidence) -> list[Verdict]:
+    """Whether a multiplier before the norm of o changes anything that ε does not."""
+    dataset = evidence.get("multiplier")
+    if dataset is None:
+        return []
+    return [
+        Verdict(claim, growth, "", "", *multiplier_verdict(dataset.sel(growth=[growth])))
+        for growth in map(str, dataset.growth.values)
+    ]
+
+
 def either_growth(claim: str, evidence: Evidence) -> list[Verdict]:
     """Whether the optimum of the shape rules transfers, where both growth modes were run under an optimizer."""
     found = []
@@ -303,6 +315,14 @@ CLAIMS: tuple[Claim, ...] = (
         judge=gates_are_independent,
     ),
     Claim(
+        id="C7",
+        statement="A multiplier √width on o before its RMSNorm has no effect but through the norm's ε.",
+        decided_by=(
+            "gradients with and without it: the same to rounding at ε = 0, and closer the larger mean(o²) is against ε"
+        ),
+        judge=multiplier_is_epsilon,
+    ),
+    Claim(
         id="C8",
         statement="One rule set (gdn_mup) transfers whichever way a network grows: by more heads or by larger ones.",
         decided_by="C2 and C4 for gdn_mup in both growth modes",
@@ -337,6 +357,9 @@ def judge_all(evidence: Evidence, claims: Sequence[Claim] = CLAIMS) -> list[Verd
         judged = claim.judge(claim.id, evidence)
         for growth in growths:
             each = [verdict for verdict in judged if verdict.growth == growth]
+            if [verdict.rules for verdict in each] == [""]:  # it does not speak of rule sets
+                verdicts += each
+                continue
             tested = [verdict for verdict in each if verdict.verdict != "not tested"]
             whole = _combined(verdict.verdict for verdict in tested)
             several = len({verdict.optimizer for verdict in each}) > 1

@@ -1,4 +1,4 @@
-"""Job files become one labelled dataset per study: `lr_sweep.nc` and `coordinates.nc`.
+"""Job files become one labelled dataset per study and kind: `lr_sweep.nc`, `coordinates.nc`, `multiplier.nc`.
 
 A job file holds the members of one (growth, optimizer, width, seed); a dataset holds every job of a study,
 with those four as dimensions. Both have the same variables, both carry units, long names and provenance.
@@ -15,11 +15,13 @@ import numpy as np
 import xarray as xr
 
 from gdn_mup.errors import UserError
-from gdn_mup.model.config import GrowthMode
+from gdn_mup.model.config import GrowthMode, InitName, KernelScale
 from gdn_mup.study.plan import Job, RuleSetName, Study, settings_hash
 from gdn_mup.training.config import OptimizerName
 
-DatasetKind = Literal["lr_sweep", "coordinates"]
+DatasetKind = Literal["lr_sweep", "coordinates", "multiplier"]
+
+_CONDITION = ("rules", "init", "kernel_scale", "epsilon", "step")  # of a model with and without the multiplier
 
 # Variables of a job file and their dimensions.
 JOB_VARIABLES: dict[DatasetKind, dict[str, tuple[str, ...]]] = {
@@ -38,12 +40,25 @@ JOB_VARIABLES: dict[DatasetKind, dict[str, tuple[str, ...]]] = {
         "gradient_rms": ("rules", "step", "layer", "parameter"),
         "update_rms": ("rules", "step", "layer", "parameter"),
     },
+    "multiplier": {
+        "multiplier": (),
+        "mean_square": (*_CONDITION, "layer"),
+        "median_square": (*_CONDITION, "layer"),
+        "low_square": (*_CONDITION, "layer"),
+        "share_below_epsilon": (*_CONDITION, "layer"),
+        "loss": _CONDITION,
+        "loss_change": _CONDITION,
+        "trained_loss_change": _CONDITION,
+        "gradient_change": _CONDITION,
+        "class_gradient_change": (*_CONDITION, "parameter"),
+    },
 }
 
 JOB_COORDINATES = ("growth", "optimizer", "width", "seed")  # scalars in a job file, dimensions in a dataset
 
 DIMENSION_ORDER = (
-    *("growth", "optimizer", "rules", "width", "seed", "learning_rate", "step", "evaluation_step"),
+    *("growth", "optimizer", "rules", "width", "seed", "learning_rate"),
+    *("init", "kernel_scale", "epsilon", "step", "evaluation_step"),
     *("layer", "quantity", "parameter"),
 )
 
@@ -52,6 +67,8 @@ NAME_ORDER: dict[str, tuple[str, ...]] = {
     "growth": get_args(GrowthMode),
     "optimizer": get_args(OptimizerName),
     "rules": get_args(RuleSetName),
+    "init": get_args(InitName),
+    "kernel_scale": get_args(KernelScale),
 }
 
 # name: (long_name, units). The one place where a variable or coordinate is described.
@@ -62,7 +79,10 @@ DESCRIPTIONS: dict[str, tuple[str, str]] = {
     "width": ("width of the residual stream", "1"),
     "seed": ("seed of the init and of the order of the data", "1"),
     "learning_rate": ("peak learning rate at the base width", "1"),
-    "step": ("updates, counted from 1 in a sweep; updates done in a coordinate check", "update"),
+    "init": ("initial standard deviations: the study's own, or 0.02 for every matrix at every width", "1"),
+    "kernel_scale": ("what multiplies q in the delta rule: 1 or K^-1/2", "1"),
+    "epsilon": ("ε of every RMSNorm", "1"),
+    "step": ("updates, counted from 1 in a sweep; updates done in a check", "update"),
     "evaluation_step": ("updates done before the held-out evaluation", "update"),
     "layer": ("block, counted from 0; -1 outside the blocks", "1"),
     "quantity": ("activation or state", "1"),
@@ -81,6 +101,19 @@ DESCRIPTIONS: dict[str, tuple[str, str]] = {
     "weight_rms": ("root mean square of the parameter", "1"),
     "gradient_rms": ("root mean square of the gradient of the update that led to this step", "1"),
     "update_rms": ("root mean square of the update that led to this step", "1"),
+    "multiplier": ("multiplier on the delta rule's output o before its RMSNorm, √width", "1"),
+    "mean_square": (
+        "mean(o²) before the norm, without the multiplier; mean over tokens and heads",
+        "1",
+    ),
+    "median_square": ("mean(o²) before the norm, without the multiplier; median over tokens and heads", "1"),
+    "low_square": ("mean(o²) before the norm, without the multiplier; 1 % quantile over tokens and heads", "1"),
+    "share_below_epsilon": ("share of (token, head) with mean(o²) < ε, without the multiplier", "1"),
+    "loss": ("mean cross-entropy of the probe batch without the multiplier", "nat/token"),
+    "loss_change": ("change of the loss when the multiplier is inserted, same parameters", "nat/token"),
+    "trained_loss_change": ("loss after training with the multiplier minus after training without", "nat/token"),
+    "gradient_change": ("‖change of the gradient when the multiplier is inserted‖ / ‖gradient‖, same parameters", "1"),
+    "class_gradient_change": ("`gradient_change` of one parameter class, all its layers together", "1"),
 }
 
 # Attributes that say where a job's numbers come from and need not agree between the jobs of a dataset.
@@ -174,7 +207,7 @@ def combine(job_datasets: Sequence[xr.Dataset], kind: DatasetKind, study: Study)
         {name: _stack(name, kind, ordered) for name in JOB_VARIABLES[kind]},
         attrs=_attributes(ordered, kind, study, missing),
     )
-    if kind == "coordinates":
+    if kind in ("coordinates", "multiplier"):  # trained at one learning rate
         rates = _empty(("growth", "optimizer"), _labels(ordered))
         for dataset in ordered:
             rates.loc[_position(dataset, ("growth", "optimizer"))] = dataset.attrs["learning_rate"]
@@ -273,6 +306,7 @@ def _attributes(datasets: Sequence[xr.Dataset], kind: str, study: Study, missing
         "title": {
             "lr_sweep": "Learning-rate sweeps of Gated Delta Networks over width",
             "coordinates": "Coordinate sizes of Gated Delta Networks over width",
+            "multiplier": "Gated Delta Networks with and without a multiplier before the output norm",
         }[kind],
         "kind": kind,
         "base_width": study.model.base_width,

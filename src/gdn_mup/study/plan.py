@@ -6,20 +6,22 @@ A *job* is one (growth, optimizer, width, seed); its *members*, trained together
 
 import hashlib
 import json
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from gdn_mup.corpus.config import CorpusSettings
 from gdn_mup.errors import UserError
-from gdn_mup.model.config import GrowthMode, ModelSettings, model_shape
+from gdn_mup.model.config import GrowthMode, InitName, KernelScale, ModelSettings, model_shape
 from gdn_mup.settings import Settings
 from gdn_mup.training.config import OptimizerName, TrainingSettings
 
 RuleSetName = Literal["sp", "mup", "liu_gu", "gdn_mup"]
+
+# Kinds of jobs, and the section of a study file that asks for each.
+SECTIONS = {"coordinates": "coordinate_checks", "multiplier": "multiplier_checks", "lr_sweep": "sweeps"}
 
 
 class LearningRateGrid(Settings):
@@ -75,8 +77,8 @@ class Sweep(Experiment):
     learning_rates: LearningRateGrid
 
 
-class CoordinateCheck(Experiment):
-    """Sizes of activations, gradients and updates on a probe batch, at chosen steps of training."""
+class Measurement(Experiment):
+    """What is measured on a probe batch, at chosen steps of a short training."""
 
     learning_rate: float = Field(gt=0, description="At the base width; constant over the steps.")
     steps: tuple[int, ...] = Field((0, 1, 2, 4, 8), min_length=1, description="Updates done when measured.")
@@ -90,10 +92,46 @@ class CoordinateCheck(Experiment):
         return steps
 
 
+class CoordinateCheck(Measurement):
+    """Sizes of activations, gradients and updates."""
+
+
+class MultiplierCheck(Measurement):
+    """The model with and without a multiplier √width on the delta rule's output before its RMSNorm."""
+
+    optimizer: OptimizerName = Field("adamw", description="AdamW, or SGD with Nesterov momentum.")
+    steps: tuple[int, ...] = Field((0, 4), min_length=1, description="Updates done when measured.")
+    epsilons: tuple[float, ...] = Field(
+        (0.0, 1e-6, 1e-5), min_length=1, description="ε of every RMSNorm, each in a training of its own; 0 is allowed."
+    )
+    inits: tuple[InitName, ...] = Field(
+        get_args(InitName),
+        min_length=1,
+        description="`study`: `model.initial_scale` under each rule set; `usual`: standard deviation 0.02 everywhere.",
+    )
+    kernel_scales: tuple[KernelScale, ...] = Field(
+        get_args(KernelScale), min_length=1, description="What multiplies q: 1 (`one`) or K^−½ (`inverse_root`)."
+    )
+
+    @field_validator("epsilons")
+    @classmethod
+    def _epsilons_ascend(cls, epsilons: tuple[float, ...]) -> tuple[float, ...]:
+        if list(epsilons) != sorted(set(epsilons)) or epsilons[0] < 0:
+            raise ValueError(f"epsilons must be ascending and not negative, not {list(epsilons)}")
+        return epsilons
+
+    @field_validator("inits", "kernel_scales")
+    @classmethod
+    def _named_once(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(values)) != len(values):
+            raise ValueError(f"named twice: {list(values)}")
+        return values
+
+
 class Job(NamedTuple):
     """One training process and the one file that it writes."""
 
-    kind: str  # "lr_sweep" or "coordinates"
+    kind: str  # a key of SECTIONS
     growth: GrowthMode
     optimizer: OptimizerName
     width: int
@@ -106,19 +144,20 @@ class Job(NamedTuple):
 
 
 class Study(Settings):
-    """A study file: one corpus, one model family, its coordinate checks and its learning-rate sweeps."""
+    """A study file: one corpus, one model family, and its experiments: checks and learning-rate sweeps."""
 
     corpus: CorpusSettings = CorpusSettings()
     model: ModelSettings = ModelSettings()
     training: TrainingSettings = TrainingSettings()
     coordinate_checks: tuple[CoordinateCheck, ...] = ()
+    multiplier_checks: tuple[MultiplierCheck, ...] = ()
     sweeps: tuple[Sweep, ...] = ()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        for section, experiments in self._experiments().items():
+        for kind, section in SECTIONS.items():
             seen: set[tuple[str, str]] = set()
-            for i, experiment in enumerate(experiments):
+            for i, experiment in enumerate(self.experiments(kind)):
                 where = f"{section}[{i}]"
                 key = (experiment.growth, experiment.optimizer)
                 if key in seen:
@@ -139,19 +178,18 @@ class Study(Settings):
                     raise ValueError(f"{where}.training.{_first_problem(error)}") from None
         return self
 
-    def _experiments(self) -> dict[str, tuple[Experiment, ...]]:
-        return {"coordinate_checks": self.coordinate_checks, "sweeps": self.sweeps}
+    def experiments(self, kind: str) -> tuple[Sweep | CoordinateCheck | MultiplierCheck, ...]:
+        """The study's experiments whose jobs are of this kind."""
+        experiments: tuple[Sweep | CoordinateCheck | MultiplierCheck, ...] = getattr(self, SECTIONS[kind])
+        return experiments
 
     def training_of(self, experiment: Experiment) -> TrainingSettings:
         """The study's training settings with the experiment's own on top."""
         return TrainingSettings.model_validate(self.training.model_dump() | experiment.training)
 
-    def experiment_of(self, job: Job) -> Sweep | CoordinateCheck:
-        """The sweep or coordinate check that a job belongs to."""
-        experiments: Iterable[Sweep | CoordinateCheck] = (
-            self.sweeps if job.kind == "lr_sweep" else self.coordinate_checks
-        )
-        for experiment in experiments:
+    def experiment_of(self, job: Job) -> Sweep | CoordinateCheck | MultiplierCheck:
+        """The sweep or check that a job belongs to."""
+        for experiment in self.experiments(job.kind):
             if (experiment.growth, experiment.optimizer) == (job.growth, job.optimizer):
                 if job.width not in experiment.widths or job.seed not in experiment.seeds:
                     break
@@ -163,10 +201,9 @@ class Study(Settings):
 
     def jobs(self, kind: str) -> list[Job]:
         """Every job of a kind, widest first, so that the longest start first."""
-        experiments: tuple[Experiment, ...] = self.sweeps if kind == "lr_sweep" else self.coordinate_checks
         jobs = [
             Job(kind, experiment.growth, experiment.optimizer, width, seed)
-            for experiment in experiments
+            for experiment in self.experiments(kind)
             for width in experiment.widths
             for seed in experiment.seeds
         ]

@@ -17,6 +17,10 @@ SECTIONS = (
     ("training", "How a member is trained. A sweep or coordinate check may override keys under its own `training`."),
     ("sweeps", "A list: a learning-rate sweep for each growth mode and optimizer."),
     ("coordinate_checks", "A list: a coordinate check for each growth mode and optimizer."),
+    (
+        "multiplier_checks",
+        "A list: models with and without a multiplier √width before the delta rule's output norm.",
+    ),
 )
 
 

@@ -108,10 +108,11 @@ class Trainer:
         seed: int,
         tokens: TokenFile,
         device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.training, self.seed, self.tokens, self.device = training, seed, tokens, torch.device(device)
         scalings = [scaled.scalings[member.rules] for member in members]
-        self.model = LanguageModel(scaled.target, len(members), model.norm_epsilon, device=self.device)
+        self.model = LanguageModel(scaled.target, len(members), model.norm_epsilon, device=self.device, dtype=dtype)
         initialize(self.model, scaled.base, model.initial_scale, scalings, seed)
         sgd_scalings = [scaled.sgd_scalings[member.rules] for member in members]
         self.optimizer = self._optimizer(
