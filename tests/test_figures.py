@@ -304,7 +304,7 @@ def test_tables_are_written_three_times(lr_sweep: xr.Dataset, tmp_path: Path) ->
 
 
 def test_scaling_rules_and_verdicts_are_plain_tex(lr_sweep: xr.Dataset, tmp_path: Path) -> None:
-    rules, verdicts = tables.scaling_rules(), tables.verdicts(lr_sweep)
+    rules, verdicts = tables.scaling_rules(), tables.verdicts({"lr_sweep": lr_sweep})
     tables.save(rules, tmp_path / "rules", tables.printed_scaling_rules(rules))
     tables.save(verdicts, tmp_path / "verdicts", tables.printed_verdicts(verdicts))
     for name in ("rules", "verdicts"):

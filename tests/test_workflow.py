@@ -16,8 +16,8 @@ from gdn_mup.study.plan import load_study
 
 STUDIES = sorted(path.stem for path in (ROOT / "config/studies").glob("*.yaml"))
 FIGURES = {
-    *("coordinate_check", "norm_epsilon", "lr_transfer_adamw", "lr_transfer_sgd", "optimum_vs_width"),
-    "training_curves",
+    *("coordinate_check", "predicted_exponents", "gate_gradients", "norm_epsilon"),
+    *("lr_transfer_adamw", "lr_transfer_sgd", "optimum_vs_width", "training_curves"),
 }
 TABLES = {"scaling_rules", "optima", "verdicts"}
 
