@@ -22,7 +22,7 @@ from scipy import stats
 from gdn_mup.scaling.rules import RULE_SETS
 from gdn_mup.study.exponents import GATES, exponents, gate_gradients
 from gdn_mup.study.multiplier import multiplier_verdict
-from gdn_mup.study.optimum import Transfer, signed, transfer
+from gdn_mup.study.optimum import Transfer, signed, transfer, transfers
 
 # A study's collected datasets by kind: "lr_sweep", "coordinates", "multiplier". One that is absent was not run.
 Evidence = Mapping[str, xr.Dataset]
@@ -144,22 +144,17 @@ def wider_is_better(sweep: Transfer) -> tuple[VerdictName, str]:
 
 def no_worse_than_sp(claim: str, evidence: Evidence) -> list[Verdict]:
     """Each rule set's best loss at the widest width that is bracketed under both, less that under SP."""
-    found: list[Verdict] = []
     dataset = evidence.get("lr_sweep")
     if dataset is None:
-        return found
-    for growth in map(str, dataset.growth.values):
-        for optimizer in map(str, dataset.optimizer.values):
-            reference = transfer(dataset, growth, optimizer, "sp")
-            for rules in MUP_RULES:
-                sweep = transfer(dataset, growth, optimizer, rules)
-                if sweep is None or reference is None:
-                    continue
-                parts = [wider_is_better(sweep), _best_losses(sweep, reference)]
-                verdict = _combined(name for name, _ in parts)
-                found.append(
-                    Verdict(claim, growth, optimizer, rules, verdict, "; ".join(reason for _, reason in parts))
-                )
+        return []
+    found = []
+    for sweep in _of_mup(dataset):
+        reference = transfer(dataset, sweep.growth, sweep.optimizer, "sp")
+        if reference is not None:
+            parts = [wider_is_better(sweep), _best_losses(sweep, reference)]
+            verdict = _combined(name for name, _ in parts)
+            reason = "; ".join(reason for _, reason in parts)
+            found.append(Verdict(claim, sweep.growth, sweep.optimizer, sweep.rules, verdict, reason))
     return found
 
 
@@ -251,20 +246,17 @@ def tuning_small_saves(claim: str, evidence: Evidence) -> list[Verdict]:
     if dataset is None:
         return []
     found = []
-    for growth in map(str, dataset.growth.values):
-        for optimizer in map(str, dataset.optimizer.values):
-            for rules in MUP_RULES:
-                sweep = transfer(dataset, growth, optimizer, rules)
-                if sweep is None or not _wider(sweep):
-                    continue
-                widest = sweep.widths[-1]
-                large, small = (_seconds_a_curve(dataset, sweep, width) for width in (widest, sweep.base_width))
-                saved = large / small
-                verdict, why = optimum_transfers(sweep)
-                reason = f"a sweep at width {sweep.base_width} takes {saved:.1f} times less time than at {widest}"
-                if verdict == "reproduced" and saved <= 1:
-                    verdict = "not reproduced"
-                found.append(Verdict(claim, growth, optimizer, rules, verdict, f"{reason}; {why}"))
+    for sweep in _of_mup(dataset):
+        if not _wider(sweep):
+            continue
+        widest = sweep.widths[-1]
+        large, small = (_seconds_a_curve(dataset, sweep, width) for width in (widest, sweep.base_width))
+        saved = large / small
+        verdict, why = optimum_transfers(sweep)
+        reason = f"a sweep at width {sweep.base_width} takes {saved:.1f} times less time than at {widest}"
+        if verdict == "reproduced" and saved <= 1:
+            verdict = "not reproduced"
+        found.append(Verdict(claim, sweep.growth, sweep.optimizer, sweep.rules, verdict, f"{reason}; {why}"))
     return found
 
 
@@ -398,6 +390,11 @@ def _combined(verdicts: Iterable[VerdictName]) -> VerdictName:
     found = set(verdicts)
     order: tuple[VerdictName, ...] = ("not reproduced", "inconclusive", "reproduced")
     return next((name for name in order if name in found), "not tested")
+
+
+def _of_mup(dataset: xr.Dataset) -> list[Transfer]:
+    """The sweeps of rule sets that are meant to transfer."""
+    return [sweep for sweep in transfers(dataset) if sweep.rules in MUP_RULES]
 
 
 def _wider(sweep: Transfer) -> list[int]:
