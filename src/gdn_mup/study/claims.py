@@ -17,11 +17,11 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 import xarray as xr
-from scipy import stats
 
 from gdn_mup.scaling.rules import RULE_SETS
 from gdn_mup.study.exponents import GATES, exponents, gate_gradients
-from gdn_mup.study.multiplier import multiplier_verdict
+from gdn_mup.study.figures import OPTIMIZER_TITLES
+from gdn_mup.study.multiplier import multiplier_verdict, over_seeds
 from gdn_mup.study.optimum import Transfer, signed, transfer, transfers
 
 # A study's collected datasets by kind: "lr_sweep", "coordinates", "multiplier". One that is absent was not run.
@@ -38,7 +38,6 @@ SLOPE_TOLERANCE = 0.5
 REGRET_TOLERANCE = 0.04
 
 MUP_RULES = ("mup", "liu_gu", "gdn_mup")
-OPTIMIZERS = {"adamw": "AdamW", "sgd": "SGD"}
 
 TRUNK = ("mixer_output", "mlp_output", "residual", "final_norm", "logits")  # what every block reads and writes
 FLAT = 0.25  # a width exponent up to this is not called growth: half of the smallest power that a wrong rule leaves
@@ -230,7 +229,7 @@ def multiplier_is_epsilon(claim: str, evidence: Evidence) -> list[Verdict]:
 def either_growth(claim: str, evidence: Evidence) -> list[Verdict]:
     """Whether the optimum of the shape rules transfers, where both growth modes were run under an optimizer."""
     found = []
-    for optimizer in OPTIMIZERS:
+    for optimizer in OPTIMIZER_TITLES:
         judged = of_sweeps(optimizer, ("gdn_mup",), optimum_transfers)(claim, evidence)
         tested = [verdict for verdict in judged if verdict.verdict != "not tested"]
         if len(tested) == 1:
@@ -356,7 +355,7 @@ def judge_all(evidence: Evidence, claims: Sequence[Claim] = CLAIMS) -> list[Verd
             whole = _combined(verdict.verdict for verdict in tested)
             several = len({verdict.optimizer for verdict in each}) > 1
             reasons = [
-                f"{f'{OPTIMIZERS[v.optimizer]}, ' if several else ''}{RULE_SETS[v.rules].title}: {v.verdict}"
+                f"{f'{OPTIMIZER_TITLES[v.optimizer]}, ' if several else ''}{RULE_SETS[v.rules].title}: {v.verdict}"
                 for v in each
             ]
             if len(each) < 2:
@@ -454,7 +453,7 @@ def _paired_gain(sweep: Transfer, narrow: int, wide: int, log2_rate: float) -> t
     gains = (losses[0] - losses[1]).to_numpy(np.float64)
     if not np.isfinite(losses[1]).all():
         return np.inf, np.nan, np.nan
-    return _mean_with_interval(gains)
+    return over_seeds(gains)
 
 
 def _best_losses(sweep: Transfer, reference: Transfer) -> tuple[VerdictName, str]:
@@ -477,15 +476,6 @@ def _best_losses(sweep: Transfer, reference: Transfer) -> tuple[VerdictName, str
 def _pooled(part: pd.DataFrame) -> tuple[float, tuple[float, float]]:
     """Mean exponent of the gates, and the mean ends of their intervals: they share their seeds."""
     return float(part.exponent.mean()), (float(part.low.mean()), float(part.high.mean()))
-
-
-def _mean_with_interval(values: np.ndarray) -> tuple[float, float, float]:
-    """Mean and Student's 95 % interval over seeds (NaN with one)."""
-    mean = float(values.mean())
-    if len(values) < 2:
-        return mean, np.nan, np.nan
-    low, high = stats.t.interval(0.95, len(values) - 1, loc=mean, scale=max(stats.sem(values), 1e-12))
-    return mean, float(low), float(high)
 
 
 def _seconds_a_curve(dataset: xr.Dataset, sweep: Transfer, width: int) -> float:

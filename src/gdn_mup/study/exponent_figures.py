@@ -23,6 +23,7 @@ from gdn_mup.study.figures import (
     styled,
     title,
 )
+from gdn_mup.study.optimum import signed
 
 GATE_TITLES = {
     "dt_bias": "dt_bias",
@@ -160,7 +161,7 @@ def _premise_finding(table: pd.DataFrame) -> str:
     lines = []
     for optimizer, part in differ.groupby("optimizer", sort=False):
         ends = [part[part.step == step].exponent.mean() for step in (part.step.min(), part.step.max())]
-        start, end = (f"{value:+.2f}".replace("-", "−") for value in ends)
+        start, end = map(signed, ends)
         growth = GROWTH_TITLES[part.growth.iloc[0]]
         lines.append(
             f"{OPTIMIZER_TITLES[optimizer]}, {growth}, μP: exponent {start} in the first update, "

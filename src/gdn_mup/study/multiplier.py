@@ -117,10 +117,11 @@ def _trend(above: pd.DataFrame) -> Interval:
         if len(seed) > 2 and seed.reader_change.nunique() > 1
     ]
     within = np.clip(correlations, -0.999, 0.999)  # a correlation of ±1 has no finite transform
-    return Interval(*np.tanh(_over_seeds(np.arctanh(within))))
+    return Interval(*np.tanh(over_seeds(np.arctanh(within))))
 
 
-def _over_seeds(values: np.ndarray) -> Interval:
+def over_seeds(values: np.ndarray) -> Interval:
+    """The mean over seeds, with Student's interval."""
     if len(values) == 0:
         return Interval(np.nan, np.nan, np.nan)
     half_width = np.nan
@@ -217,7 +218,7 @@ def _sizes(ax: Axes, sizes: pd.DataFrame) -> None:
 def _line(ax: Axes, x: list[float], samples: list[pd.Series], colour: str, scale: str) -> None:
     """Geometric means of samples over seeds, and their intervals where there are several seeds."""
     smallest = np.finfo(float).tiny  # its logarithm stands for that of 0
-    intervals = [_over_seeds(np.log(np.maximum(sample.to_numpy(float), smallest))) for sample in samples]
+    intervals = [over_seeds(np.log(np.maximum(sample.to_numpy(float), smallest))) for sample in samples]
     if not intervals:
         return
     value, low, high = np.exp(np.array(intervals)).T
