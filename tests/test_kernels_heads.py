@@ -8,13 +8,13 @@ from torch import Tensor
 pytest.importorskip("triton")
 from gdn_mup.kernels import heads as kernels
 
-pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 DTYPES = [torch.float32, torch.bfloat16] if DEVICE == "cuda" else [torch.float32]  # the interpreter is for float32
 NAN = float("nan")
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # the interpreter's, where ε = 0
+# The interpreter warns where ε = 0.
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")]
 
 # members, sequences, tokens, heads, key dim, value dim, taps, columns of padding
 Shape = tuple[int, int, int, int, int, int, int, int]

@@ -19,13 +19,12 @@ from gdn_mup.kernels.loss import linear_cross_entropy
 from gdn_mup.kernels.mlp import swiglu
 from gdn_mup.kernels.norm import add_norm
 
-pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16] if DEVICE == "cuda" else [torch.float32]
 EPSILON = 1e-5
 
 # NaN, and exp(200) inside a sigmoid, are part of these tests: NumPy, under the interpreter, warns of them.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")]
 half = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
