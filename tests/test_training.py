@@ -99,7 +99,7 @@ def test_rule_sets_coincide_at_the_base_width_and_are_trained_once(
     tokens: TokenFile, validation: TokenFile, optimizer: OptimizerName
 ) -> None:
     scaled = scaled_model(MODEL, 16, "heads", tokens.vocabulary_size, RULES, optimizer)
-    members, stands_for = distinct_members(scaled, [0.01, 0.02])
+    members, stands_for = distinct_members(scaled, [0.01, 0.02], "global_norm")
     assert members == [Member("sp", 0.01), Member("sp", 0.02)]
     assert stands_for == dict.fromkeys(RULES, "sp")
     everyone = [Member(rules, 0.01) for rules in RULES]
@@ -110,7 +110,18 @@ def test_rule_sets_coincide_at_the_base_width_and_are_trained_once(
 
 def test_rule_sets_differ_beyond_the_base_width(tokens: TokenFile) -> None:
     scaled = scaled_model(MODEL, 32, "heads", tokens.vocabulary_size, RULES, "sgd")
-    _, stands_for = distinct_members(scaled, [0.01])
+    _, stands_for = distinct_members(scaled, [0.01], "global_norm")
+    assert stands_for == {rules: rules for rules in RULES}
+
+
+def test_rules_that_differ_in_sgd_alone_are_trained_once_under_adamw(tokens: TokenFile, validation: TokenFile) -> None:
+    scaled = scaled_model(MODEL, 32, "heads", tokens.vocabulary_size, RULES, "adamw")
+    _, stands_for = distinct_members(scaled, [0.01], "global_norm")
+    assert stands_for == {rules: rules for rules in RULES} | {"liu_gu": "mup"}
+    curves = run(make_trainer([Member("mup", 0.01), Member("liu_gu", 0.01)], tokens, width=32), validation)
+    np.testing.assert_array_equal(*curves.val_loss)
+    # The width-invariant norm is weighed by SGD's multipliers: there they clip differently.
+    _, stands_for = distinct_members(scaled, [0.01], "width_invariant_norm")
     assert stands_for == {rules: rules for rules in RULES}
 
 

@@ -147,8 +147,8 @@ def sweep(
     settings = loaded.settings_of(job)
     ready = _prepare(loaded, job, corpus, threads, device)
     rates = experiment.learning_rates.values
-    members, stands_for = distinct_members(ready.scaled, rates)
     training = loaded.training_of(experiment)
+    members, stands_for = distinct_members(ready.scaled, rates, training.clipping)
     with progress(_title(job), training.steps * len(members)) as report:
         curves = train(
             members,

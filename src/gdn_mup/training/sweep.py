@@ -25,7 +25,7 @@ from gdn_mup.progress import Report, silent
 from gdn_mup.scaling.apply import ModelScaling, distinct_rules, scale_rule_sets
 from gdn_mup.training.checkpoint import Position, load_checkpoint, save_checkpoint
 from gdn_mup.training.clipping import norm_weights
-from gdn_mup.training.config import OptimizerName, TrainingSettings
+from gdn_mup.training.config import Clipping, OptimizerName, TrainingSettings
 from gdn_mup.training.optimizers import MemberOptimizer, Optimizer
 from gdn_mup.training.schedule import learning_rate_factor
 
@@ -84,13 +84,19 @@ def scaled_model(
     )
 
 
-def distinct_members(scaled: Scaled, learning_rates: Sequence[float]) -> tuple[list[Member], dict[str, str]]:
+def distinct_members(
+    scaled: Scaled, learning_rates: Sequence[float], clipping: Clipping
+) -> tuple[list[Member], dict[str, str]]:
     """The members worth training, and for each rule set the one that stands for it.
 
-    Rule sets that coincide, as all do at the base width, are trained once.
+    Rule sets that coincide are trained once: all do at the base width, and the two whose only difference is their
+    SGD learning rates do under AdamW, unless these weigh the norm that clips.
     """
-    both = {rules: (scaled.scalings[rules], scaled.sgd_scalings[rules]) for rules in scaled.scalings}
-    stands_for = distinct_rules(both)
+    weighs = clipping == "width_invariant_norm"
+    compared = {
+        rules: (scaling, scaled.sgd_scalings[rules] if weighs else None) for rules, scaling in scaled.scalings.items()
+    }
+    stands_for = distinct_rules(compared)
     rules_trained = list(dict.fromkeys(stands_for.values()))
     return [Member(rules, rate) for rules in rules_trained for rate in learning_rates], stands_for
 
