@@ -13,8 +13,8 @@ from gdn_mup.scaling.growth import Axes
 from gdn_mup.scaling.rules import ONE, RULE_SETS
 from gdn_mup.study.claims import judge_all
 from gdn_mup.study.datasets import combine
-from gdn_mup.study.exponent_figures import gate_gradient_exponents, predicted_exponents
 from gdn_mup.study.exponents import exponents, gate_gradients
+from gdn_mup.study.figures import gate_gradient_exponents, predicted_exponents
 from gdn_mup.study.plan import settings_hash
 from gdn_mup.training.sweep import Member, Trainer, scaled_model
 

@@ -19,7 +19,9 @@ from gdn_mup.errors import UserError
 from gdn_mup.model.config import ModelSettings, model_shape
 from gdn_mup.scaling.growth import growth_between
 from gdn_mup.study import datasets, figures, tables
-from gdn_mup.study.multiplier import norm_epsilon
+from gdn_mup.study.figures import style
+from gdn_mup.study.files import from_root
+from gdn_mup.study.titles import GROWTH_TITLES
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
@@ -44,7 +46,7 @@ def drawings(lr_sweep: xr.Dataset, coordinates: xr.Dataset, multiplier: xr.Datas
     return {
         "coordinate_check": figures.coordinate_check(coordinates),
         "lr_transfer": figures.lr_transfer(lr_sweep, "adamw"),
-        "norm_epsilon": norm_epsilon(multiplier),
+        "norm_epsilon": figures.norm_epsilon(multiplier),
         "optimum_vs_width": figures.optimum_vs_width(lr_sweep),
         "training_curves": figures.training_curves(lr_sweep),
     }
@@ -62,7 +64,7 @@ def texts_of(drawing: figures.Drawing) -> Iterator[Text]:
 
 def test_no_text_is_too_small_or_cut_off(drawings: dict[str, figures.Drawing]) -> None:
     for name, drawing in drawings.items():
-        assert drawing.figure.get_figwidth() in (figures.COLUMN_WIDTH, figures.FULL_WIDTH), name
+        assert drawing.figure.get_figwidth() in (style.COLUMN_WIDTH, style.FULL_WIDTH), name
         width = drawing.figure.bbox.width
         heading = drawing.figure.texts + [ax.title for ax in drawing.figure.axes]
         for text in texts_of(drawing):
@@ -102,9 +104,9 @@ def test_titles_follow_the_data() -> None:
 
 
 def test_wider_is_darker() -> None:
-    colours = list(figures.width_colours([256, 32, 64]).values())
+    colours = list(style.width_colours([256, 32, 64]).values())
     lightness = [sum(int(colour[i : i + 2], 16) for i in (1, 3, 5)) for colour in colours]
-    assert list(figures.width_colours([256, 32, 64])) == [32, 64, 256]
+    assert list(style.width_colours([256, 32, 64])) == [32, 64, 256]
     assert lightness == sorted(lightness, reverse=True)
 
 
@@ -215,7 +217,7 @@ def test_equal_rule_sets_lie_side_by_side(coordinates: xr.Dataset) -> None:
     same = coordinates.sel(rules=["gdn_mup", "gdn_mup"]).assign_coords(rules=["mup", "gdn_mup"])
     for ax in figures.coordinate_check(same).figure.axes:
         drawn = {line.get_marker(): line.get_xydata() for line in ax.lines if line.get_marker() != "None"}
-        mup, gdn_mup = (drawn[figures.RULE_MARKERS[name]] for name in ("mup", "gdn_mup"))
+        mup, gdn_mup = (drawn[style.RULE_MARKERS[name]] for name in ("mup", "gdn_mup"))
         assert mup[:, 1] == pytest.approx(gdn_mup[:, 1])
         assert (gdn_mup[:, 0] - mup[:, 0] > 0.1).all()
 
@@ -246,7 +248,7 @@ def test_saved_files_are_whole_and_reproducible(drawings: dict[str, figures.Draw
     assert (tmp_path / "first.svg").read_bytes() == (tmp_path / "second.svg").read_bytes()
     assert b"dc:date" not in (tmp_path / "first.svg").read_bytes()
     pixels = plt.imread(tmp_path / "first.png").shape
-    assert pixels[1] == pytest.approx(300 * figures.FULL_WIDTH, abs=1)
+    assert pixels[1] == pytest.approx(300 * style.FULL_WIDTH, abs=1)
     read = pd.read_csv(tmp_path / "first.csv")
     assert list(read.columns) == list(drawings["optimum_vs_width"].table.columns)
 
@@ -255,8 +257,8 @@ def test_paths_start_at_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "Snakefile").touch()
     (tmp_path / "notebooks").mkdir()
     monkeypatch.chdir(tmp_path / "notebooks")
-    assert figures.from_root("results/x.nc") == tmp_path / "results/x.nc"
-    assert figures.from_root(tmp_path / "x.nc") == tmp_path / "x.nc"
+    assert from_root("results/x.nc") == tmp_path / "results/x.nc"
+    assert from_root(tmp_path / "x.nc") == tmp_path / "x.nc"
 
 
 # Tables
@@ -282,7 +284,7 @@ def test_parameter_groups_grow_as_the_model_does(growth: Any) -> None:
     declared = {
         (group.part, 4.0 ** group.fan_in[i], 4.0 ** group.fan_out[i])
         for group in tables.PARAMETER_GROUPS
-        for i in [list(figures.GROWTH_TITLES).index(growth)]
+        for i in [list(GROWTH_TITLES).index(growth)]
     }
     found = set()
     for name, info in base.items():
@@ -350,6 +352,11 @@ def test_notebook_runs_by_itself(
 def test_study_never_imports_torch() -> None:
     modules = "figures, tables, claims, optimum, datasets, multiplier"
     code = f"import sys; from gdn_mup.study import {modules}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_verdicts_need_no_drawing() -> None:
+    code = "import sys; from gdn_mup.study import claims, tables; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -4,7 +4,7 @@ rule figure_coordinate_check:
     input:
         notebook="notebooks/coordinate_check.ipynb",
         coordinates="results/{study}/datasets/coordinates.nc",
-        code="src/gdn_mup/study/figures.py",
+        code=["src/gdn_mup/study/figures/style.py", "src/gdn_mup/study/figures/coordinates.py"],
     output:
         svg=report(
             "results/{study}/figures/coordinate_check.svg",
@@ -37,7 +37,11 @@ use rule figure_coordinate_check as figure_norm_epsilon with:
     input:
         notebook="notebooks/norm_epsilon.ipynb",
         multiplier="results/{study}/datasets/multiplier.nc",
-        code=["src/gdn_mup/study/figures.py", "src/gdn_mup/study/multiplier.py"],
+        code=[
+            "src/gdn_mup/study/figures/style.py",
+            "src/gdn_mup/study/figures/multiplier.py",
+            "src/gdn_mup/study/multiplier.py",
+        ],
     output:
         svg=report(
             "results/{study}/figures/norm_epsilon.svg",
@@ -60,7 +64,11 @@ use rule figure_coordinate_check as figure_lr_transfer with:
     input:
         notebook="notebooks/lr_transfer_{optimizer}.ipynb",
         lr_sweep="results/{study}/datasets/lr_sweep.nc",
-        code=["src/gdn_mup/study/figures.py", "src/gdn_mup/study/optimum.py"],
+        code=[
+            "src/gdn_mup/study/figures/style.py",
+            "src/gdn_mup/study/figures/transfer.py",
+            "src/gdn_mup/study/optimum.py",
+        ],
     output:
         svg=report(
             "results/{study}/figures/lr_transfer_{optimizer}.svg",
@@ -83,7 +91,11 @@ use rule figure_coordinate_check as figure_optimum_vs_width with:
     input:
         notebook="notebooks/optimum_vs_width.ipynb",
         lr_sweep="results/{study}/datasets/lr_sweep.nc",
-        code=["src/gdn_mup/study/figures.py", "src/gdn_mup/study/optimum.py"],
+        code=[
+            "src/gdn_mup/study/figures/style.py",
+            "src/gdn_mup/study/figures/transfer.py",
+            "src/gdn_mup/study/optimum.py",
+        ],
     output:
         svg=report(
             "results/{study}/figures/optimum_vs_width.svg",
@@ -106,7 +118,11 @@ use rule figure_coordinate_check as figure_training_curves with:
     input:
         notebook="notebooks/training_curves.ipynb",
         lr_sweep="results/{study}/datasets/lr_sweep.nc",
-        code=["src/gdn_mup/study/figures.py", "src/gdn_mup/study/optimum.py"],
+        code=[
+            "src/gdn_mup/study/figures/style.py",
+            "src/gdn_mup/study/figures/training.py",
+            "src/gdn_mup/study/optimum.py",
+        ],
     output:
         svg=report(
             "results/{study}/figures/training_curves.svg",
@@ -129,7 +145,11 @@ use rule figure_coordinate_check as figure_predicted_exponents with:
     input:
         notebook="notebooks/predicted_exponents.ipynb",
         coordinates="results/{study}/datasets/coordinates.nc",
-        code=["src/gdn_mup/study/exponent_figures.py", "src/gdn_mup/study/exponents.py"],
+        code=[
+            "src/gdn_mup/study/figures/style.py",
+            "src/gdn_mup/study/figures/exponents.py",
+            "src/gdn_mup/study/exponents.py",
+        ],
     output:
         svg=report(
             "results/{study}/figures/predicted_exponents.svg",
@@ -152,7 +172,11 @@ use rule figure_coordinate_check as figure_gate_gradients with:
     input:
         notebook="notebooks/gate_gradients.ipynb",
         coordinates="results/{study}/datasets/coordinates.nc",
-        code=["src/gdn_mup/study/exponent_figures.py", "src/gdn_mup/study/exponents.py"],
+        code=[
+            "src/gdn_mup/study/figures/style.py",
+            "src/gdn_mup/study/figures/exponents.py",
+            "src/gdn_mup/study/exponents.py",
+        ],
     output:
         svg=report(
             "results/{study}/figures/gate_gradients.svg",

@@ -11,6 +11,7 @@ that contains 0, and one that is narrow enough to tell 0 from what would matter 
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import wraps
 from itertools import pairwise
 from typing import Literal
 
@@ -20,9 +21,9 @@ import xarray as xr
 
 from gdn_mup.scaling.rules import RULE_SETS
 from gdn_mup.study.exponents import GATES, exponents, gate_gradients
-from gdn_mup.study.figures import OPTIMIZER_TITLES
 from gdn_mup.study.multiplier import multiplier_verdict, over_seeds
 from gdn_mup.study.optimum import Transfer, signed, transfer, transfers
+from gdn_mup.study.titles import OPTIMIZER_TITLES
 
 # A study's collected datasets by kind: "lr_sweep", "coordinates", "multiplier". One that is absent was not run.
 Evidence = Mapping[str, xr.Dataset]
@@ -55,6 +56,10 @@ class Verdict:
     reason: str
 
 
+# Judges a claim, whose id it is given.
+Judge = Callable[[str, Evidence], list[Verdict]]
+
+
 @dataclass(frozen=True)
 class Claim:
     """A statement that a study can decide.
@@ -66,18 +71,27 @@ class Claim:
     id: str
     statement: str
     decided_by: str
-    judge: Callable[[str, Evidence], list[Verdict]]  # is given the claim's id
+    judge: Judge
 
 
-def of_sweeps(
-    optimizer: str, rules: Sequence[str], judge: Callable[[Transfer], tuple[VerdictName, str]]
-) -> Callable[[str, Evidence], list[Verdict]]:
+def from_dataset(kind: str) -> Callable[[Callable[[str, xr.Dataset], list[Verdict]]], Judge]:
+    """Makes a judge of a function that needs one of the datasets; where that was not run, there is no verdict."""
+
+    def decorate(judge: Callable[[str, xr.Dataset], list[Verdict]]) -> Judge:
+        @wraps(judge)
+        def verdicts(claim: str, evidence: Evidence) -> list[Verdict]:
+            return judge(claim, evidence[kind]) if kind in evidence else []
+
+        return verdicts
+
+    return decorate
+
+
+def of_sweeps(optimizer: str, rules: Sequence[str], judge: Callable[[Transfer], tuple[VerdictName, str]]) -> Judge:
     """Judges each rule set's sweep under one optimizer, in every growth mode."""
 
-    def verdicts(claim: str, evidence: Evidence) -> list[Verdict]:
-        dataset = evidence.get("lr_sweep")
-        if dataset is None:
-            return []
+    @from_dataset("lr_sweep")
+    def verdicts(claim: str, dataset: xr.Dataset) -> list[Verdict]:
         found = []
         for growth in map(str, dataset.growth.values):
             for name in rules:
@@ -141,11 +155,9 @@ def wider_is_better(sweep: Transfer) -> tuple[VerdictName, str]:
     return "inconclusive", f"{reason}: an interval contains 0"
 
 
-def no_worse_than_sp(claim: str, evidence: Evidence) -> list[Verdict]:
+@from_dataset("lr_sweep")
+def no_worse_than_sp(claim: str, dataset: xr.Dataset) -> list[Verdict]:
     """Each rule set's best loss at the widest width that is bracketed under both, less that under SP."""
-    dataset = evidence.get("lr_sweep")
-    if dataset is None:
-        return []
     found = []
     for sweep in _of_mup(dataset):
         reference = transfer(dataset, sweep.growth, sweep.optimizer, "sp")
@@ -157,11 +169,9 @@ def no_worse_than_sp(claim: str, evidence: Evidence) -> list[Verdict]:
     return found
 
 
-def changes_keep_their_size(claim: str, evidence: Evidence) -> list[Verdict]:
+@from_dataset("coordinates")
+def changes_keep_their_size(claim: str, dataset: xr.Dataset) -> list[Verdict]:
     """Changes of what the residual stream carries: none grows under μP, and under SP some do where predicted."""
-    dataset = evidence.get("coordinates")
-    if dataset is None:
-        return []
     table = exponents(dataset)
     table = table[(table.measure == "change") & table.name.isin(TRUNK) & (table.step == table.step.max())]
     found = []
@@ -185,11 +195,9 @@ def changes_keep_their_size(claim: str, evidence: Evidence) -> list[Verdict]:
     return found
 
 
-def gates_are_independent(claim: str, evidence: Evidence) -> list[Verdict]:
+@from_dataset("coordinates")
+def gates_are_independent(claim: str, dataset: xr.Dataset) -> list[Verdict]:
     """Whether gates' gradients in late training scale as sums of terms of independent signs."""
-    dataset = evidence.get("coordinates")
-    if dataset is None:
-        return []
     table = gate_gradients(dataset)
     table = table[(table.independent != table.aligned) & table.rules.isin(MUP_RULES)]
     found = []
@@ -215,11 +223,9 @@ def gates_are_independent(claim: str, evidence: Evidence) -> list[Verdict]:
     return found
 
 
-def multiplier_is_epsilon(claim: str, evidence: Evidence) -> list[Verdict]:
+@from_dataset("multiplier")
+def multiplier_is_epsilon(claim: str, dataset: xr.Dataset) -> list[Verdict]:
     """Whether a multiplier before the norm of o changes anything that ε does not."""
-    dataset = evidence.get("multiplier")
-    if dataset is None:
-        return []
     return [
         Verdict(claim, growth, "", "", *multiplier_verdict(dataset.sel(growth=[growth])))
         for growth in map(str, dataset.growth.values)
@@ -239,11 +245,9 @@ def either_growth(claim: str, evidence: Evidence) -> list[Verdict]:
     return found
 
 
-def tuning_small_saves(claim: str, evidence: Evidence) -> list[Verdict]:
+@from_dataset("lr_sweep")
+def tuning_small_saves(claim: str, dataset: xr.Dataset) -> list[Verdict]:
     """Seconds of a sweep at the widest width over those at the base width, where the optimum transfers."""
-    dataset = evidence.get("lr_sweep")
-    if dataset is None:
-        return []
     found = []
     for sweep in _of_mup(dataset):
         if not _wider(sweep):

@@ -15,8 +15,9 @@ import xarray as xr
 from gdn_mup.scaling.growth import Growth, Part
 from gdn_mup.scaling.rules import RULE_SETS
 from gdn_mup.study.claims import Evidence, verdict_table
-from gdn_mup.study.figures import GROWTH_TITLES, OPTIMIZER_TITLES, RULE_TITLES, replacing
+from gdn_mup.study.files import replacing
 from gdn_mup.study.optimum import signed, transfers
+from gdn_mup.study.titles import GROWTH_TITLES, OPTIMIZER_TITLES, RULE_TITLES
 
 
 def save(table: pd.DataFrame, stem: Path | str, printed: pd.DataFrame | None = None) -> None:

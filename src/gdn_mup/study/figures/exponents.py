@@ -8,13 +8,10 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from gdn_mup.study.exponents import GATES, exponents, gate_gradients
-from gdn_mup.study.figures import (
+from gdn_mup.study.figures.style import (
     FULL_WIDTH,
-    GROWTH_TITLES,
-    OPTIMIZER_TITLES,
     RULE_COLOURS,
     RULE_MARKERS,
-    RULE_TITLES,
     Drawing,
     distinct,
     legend,
@@ -24,6 +21,7 @@ from gdn_mup.study.figures import (
     title,
 )
 from gdn_mup.study.optimum import signed
+from gdn_mup.study.titles import GROWTH_TITLES, OPTIMIZER_TITLES, RULE_TITLES
 
 GATE_TITLES = {
     "dt_bias": "dt_bias",

@@ -1,0 +1,23 @@
+"""Figures for print. Every function takes a collected dataset and returns a figure and the table that it shows.
+
+A title says what the data say, computed from them. `save` writes a figure as svg, png and csv.
+"""
+
+from gdn_mup.study.figures.coordinates import coordinate_check
+from gdn_mup.study.figures.exponents import gate_gradient_exponents, predicted_exponents
+from gdn_mup.study.figures.multiplier import norm_epsilon
+from gdn_mup.study.figures.style import Drawing, save
+from gdn_mup.study.figures.training import training_curves
+from gdn_mup.study.figures.transfer import lr_transfer, optimum_vs_width
+
+__all__ = [
+    "Drawing",
+    "coordinate_check",
+    "gate_gradient_exponents",
+    "lr_transfer",
+    "norm_epsilon",
+    "optimum_vs_width",
+    "predicted_exponents",
+    "save",
+    "training_curves",
+]

@@ -1,0 +1,145 @@
+"""What all figures share: style, colours, titles, axes and legends, and how a figure is saved.
+
+Width is always an ordered colour, darker for wider; rule sets have their own colours and markers.
+"""
+
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MultipleLocator, NullLocator
+
+from gdn_mup.study.files import replacing
+from gdn_mup.study.titles import RULE_TITLES
+
+COLUMN_WIDTH = 3.4  # inches: one column of a two-column page
+FULL_WIDTH = 7.0
+
+STYLE: Any = {  # matplotlib types the keys of rc_context as literals
+    **sns.axes_style("ticks"),
+    "font.size": 8,
+    "axes.titlesize": 7.5,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "figure.titlesize": 8.5,
+    "axes.linewidth": 0.6,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 3.5,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.major.size": 2.5,
+    "ytick.major.size": 2.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+    "svg.hashsalt": "gdn-mup",  # the same data gives the same bytes
+    "savefig.facecolor": "white",
+}
+
+_COLOURBLIND = sns.color_palette("colorblind")
+RULE_COLOURS = dict(zip(RULE_TITLES, (_COLOURBLIND[i] for i in (3, 0, 1, 2)), strict=True))
+RULE_MARKERS = dict(zip(RULE_TITLES, "osD^", strict=True))
+
+
+class Drawing(NamedTuple):
+    """A figure and the table of what it shows."""
+
+    figure: Figure
+    table: pd.DataFrame
+
+
+def save(figure: Figure, table: pd.DataFrame, stem: Path | str) -> None:
+    """Write `stem`.svg, .png (300 dpi) and .csv, each to a temporary name and renamed when complete."""
+    stem = Path(stem)
+    with plt.rc_context(STYLE):
+        with replacing(stem.with_name(f"{stem.name}.svg")) as path:
+            figure.savefig(path, metadata={"Date": None})
+        with replacing(stem.with_name(f"{stem.name}.png")) as path:
+            figure.savefig(path, dpi=300)
+    with replacing(stem.with_name(f"{stem.name}.csv")) as path:
+        table.to_csv(path, index=False, float_format="%.6g")
+
+
+def styled(draw: Callable[..., Drawing]) -> Callable[..., Drawing]:
+    """Draws in the style above, and closes the figure so that a notebook shows it once."""
+
+    @wraps(draw)
+    def drawn(*arguments: Any, **options: Any) -> Drawing:
+        with plt.rc_context(STYLE):
+            drawing = draw(*arguments, **options)
+            drawing.figure.canvas.draw()  # settle the layout while the style holds
+            plt.close(drawing.figure)
+        return drawing
+
+    return drawn
+
+
+def width_colours(widths: Iterable[int]) -> dict[int, str]:
+    """An ordered colour for each width, darker for wider."""
+    ordered = sorted(set(widths))
+    ramp = sns.color_palette("viridis_r", as_cmap=True)
+    # The palest yellow and the blackest purple are left out: both are hard to see as lines.
+    places = np.linspace(0.12, 0.95, len(ordered)) if len(ordered) > 1 else [0.6]
+    return {width: to_hex(ramp(place)) for width, place in zip(ordered, places, strict=True)}
+
+
+def distinct(values: Iterable[Any]) -> list[Any]:
+    return list(dict.fromkeys(values))
+
+
+def letters() -> Iterator[str]:
+    return iter("abcdefghijklmnopqrstuvwxyz")
+
+
+def panel_title(ax: Axes, letter: str, text: str) -> None:
+    ax.set_title(rf"$\mathbf{{{letter}}}$  {text}", loc="left", linespacing=1.3)
+
+
+def title(figure: Figure, text: str) -> None:
+    """The finding, broken into lines that fit the figure."""
+    characters = int(13.5 * figure.get_figwidth())
+    figure.suptitle("\n".join(textwrap.fill(line, characters) for line in text.splitlines()))
+
+
+def power_text(rate: float) -> str:
+    exponent = np.log2(rate)
+    return f"$2^{{{exponent:.0f}}}$" if float(exponent).is_integer() else f"$2^{{{exponent:.1f}}}$"
+
+
+def power_axis(axis: Any) -> None:
+    """Ticks of an axis in log₂ units as powers of two, at whole exponents, five or so."""
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(MultipleLocator(max(1, round((high - low) / 5))))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"$2^{{{value:.0f}}}$"))
+
+
+def width_axis(ax: Axes, widths: Sequence[int]) -> None:
+    """Ticks at the widths that were run, on an axis in log₂ units."""
+    ax.set_xticks(np.log2(sorted(widths)), [str(width) for width in sorted(widths)])
+    ax.xaxis.set_minor_locator(NullLocator())
+
+
+def legend(figure: Figure, handles: Sequence[Line2D], title: str = "") -> None:
+    """One line of keys below the panels, its title at the left."""
+    heading = [Line2D([], [], ls="none", label=title)] if title else []
+    figure.legend(
+        handles=[*heading, *handles],
+        loc="outside lower center",
+        ncols=len(handles) + 1,
+        columnspacing=1.1,
+        handlelength=1.5,
+        handletextpad=0.5,
+    )

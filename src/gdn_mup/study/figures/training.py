@@ -1,0 +1,148 @@
+"""Figure of losses in the course of training."""
+
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import xarray as xr
+from matplotlib.lines import Line2D
+
+from gdn_mup.study.figures.style import (
+    FULL_WIDTH,
+    Drawing,
+    distinct,
+    legend,
+    letters,
+    panel_title,
+    power_text,
+    styled,
+    title,
+    width_colours,
+)
+from gdn_mup.study.optimum import Transfer, transfers
+from gdn_mup.study.titles import GROWTH_TITLES, OPTIMIZER_TITLES, RULE_TITLES, named
+
+
+@styled
+def training_curves(dataset: xr.Dataset) -> Drawing:
+    """Training loss against step at the learning rate of the grid nearest the base width's optimum.
+
+    A panel per rule set, a row per (growth, optimizer); lines are means over seeds, bands span them, dots are
+    held-out losses. Training losses, each of one batch, are running means over 4 % of the steps; the table has
+    them as they are. Rule sets whose base optimum is not bracketed use the best of the grid there.
+    """
+    sweeps = transfers(dataset)
+    rows, rules = distinct((s.growth, s.optimizer) for s in sweeps), distinct(s.rules for s in sweeps)
+    colours = width_colours(width for s in sweeps for width in s.widths)
+    figure, axes = plt.subplots(
+        len(rows), len(rules), figsize=(FULL_WIDTH, 0.75 + 1.65 * len(rows)), sharex="row", sharey="row", squeeze=False
+    )
+    window = max(1, dataset.sizes["step"] // 25)
+    letter, frames, wider_is_better, free, crosses = letters(), [], {}, [], False
+    for i, (growth, optimizer) in enumerate(rows):
+        ceiling, floor = -np.inf, np.inf
+        for j, name in enumerate(rules):
+            ax = axes[i, j]
+            sweep = next((s for s in sweeps if (s.growth, s.optimizer, s.rules) == (growth, optimizer, name)), None)
+            rate = _transferred_rate(sweep) if sweep else None
+            if sweep is None or rate is None:
+                free.append(ax.get_subplotspec())
+                ax.remove()
+                continue
+            final = []
+            for width in sweep.widths:
+                frame = _training_frame(dataset, sweep, width, rate)
+                frames.append(frame)
+                train = _running_means(frame[frame.split == "train"], window)
+                if train.size().sum():
+                    mean = train.mean()
+                    ax.plot(mean.index, mean, color=colours[width], lw=1)
+                    ax.fill_between(mean.index, train.min(), train.max(), color=colours[width], alpha=0.2, lw=0)
+                    ceiling, floor = max(ceiling, mean.iloc[0]), min(floor, train.min().min())
+                    if mean.index[-1] < int(dataset.step[-1]) and _diverges(sweep, width, rate):
+                        crosses = True
+                        ax.plot(mean.index[-1], mean.iloc[-1], "x", color=colours[width], mew=1.2, ms=5, zorder=4)
+                held_out = frame[frame.split == "validation"].groupby("step").loss.mean()
+                ax.plot(held_out.index, held_out, "o", color=colours[width], mec="white", mew=0.4, ms=3.5)
+                losses = sweep.curves[width]
+                final.append(losses[rate].mean(skipna=False) if rate in losses else np.nan)
+            if len(final) > 1:
+                wider_is_better[optimizer, name, growth] = bool(np.all(np.diff(final) < 0))
+            panel_title(ax, next(letter), f"{RULE_TITLES[name]}\nη = {power_text(rate)}")
+        if np.isfinite(ceiling):
+            axes[i, 0].set_ylim(floor - 0.04 * (ceiling - floor), ceiling + 0.05 * (ceiling - floor))
+        label = OPTIMIZER_TITLES[optimizer]
+        axes[i, 0].set_ylabel(f"{label}, {GROWTH_TITLES[growth]}\nloss (nats/token)")
+    for ax in axes[-1]:
+        ax.set_xlabel("step (updates)")
+    title(figure, _wider_finding(wider_is_better))
+    handles = [Line2D([], [], color=colours[w], label=f"{w}") for w in colours]
+    handles += [
+        Line2D([], [], color="0.3", label="training (band: seeds)"),
+        Line2D([], [], color="0.3", marker="o", ls="none", mec="white", mew=0.4, label="held out"),
+    ]
+    if crosses:
+        handles.append(Line2D([], [], color="0.3", marker="x", ls="none", mew=1.2, ms=5, label="a seed diverged"))
+    if free:
+        ax = figure.add_subplot(free[0])
+        ax.set_axis_off()
+        ax.legend(handles=handles, title="width", loc="center left", alignment="left", title_fontsize=7)
+    else:
+        legend(figure, handles, "width")
+    return Drawing(figure, pd.concat(frames, ignore_index=True))
+
+
+def _running_means(train: pd.DataFrame, window: int) -> Any:
+    """A seed's losses as means over the steps around each (fewer at the ends), grouped by step."""
+    wide = train.pivot(index="step", columns="seed", values="loss")
+    smooth = wide.rolling(window, center=True, min_periods=1).mean().where(wide.notna())
+    return smooth.melt(value_name="loss", ignore_index=False).dropna().groupby("step").loss
+
+
+def _wider_finding(better: dict[tuple[str, str, str], bool]) -> str:
+    """Where each wider model ends lower; a rule set counts under an optimizer if it does in every growth mode."""
+    pairs = distinct((optimizer, rules) for optimizer, rules, _ in better)
+    holds = [pair for pair in pairs if all(value for key, value in better.items() if key[:2] == pair)]
+    fails = [pair for pair in pairs if pair not in holds]
+    lines = ["At the base width's best learning rate, wider is better"] if pairs else ["One width only"]
+    if holds:
+        lines[0] += f":\n{named(holds)}."
+    if fails:
+        lines.append(f"Not so at every width: {named(fails)}." if holds else "")
+        lines[0] += "" if holds else f" nowhere throughout: {named(fails)} fail at some width."
+    return "\n".join(filter(None, lines))
+
+
+def _diverges(sweep: Transfer, width: int, rate: float) -> bool:
+    losses = sweep.curves[width]
+    return rate in losses and bool(losses[rate].isna().any())
+
+
+def _transferred_rate(sweep: Transfer) -> float | None:
+    """The learning rate of the grid nearest the base width's optimum."""
+    losses = sweep.curves.get(sweep.base_width)
+    if losses is None:
+        return None
+    optimum = sweep.optima[sweep.base_width]
+    if optimum.bracketed:
+        rates = losses.columns.to_numpy(float)
+        return float(rates[np.abs(np.log2(rates) - optimum.log2_learning_rate).argmin()])
+    mean = losses.mean(axis=0, skipna=False)
+    return float(mean.idxmin()) if mean.notna().any() else None
+
+
+def _training_frame(dataset: xr.Dataset, sweep: Transfer, width: int, rate: float) -> pd.DataFrame:
+    """Long table of one member's losses over all seeds: split, seed, step, loss."""
+    member = dataset.sel(growth=sweep.growth, optimizer=sweep.optimizer, rules=sweep.rules, width=width)
+    member = member.sel(learning_rate=rate).sel(seed=sweep.curves[width].index.to_numpy())
+    parts = []
+    for split, variable, step in (("train", "train_loss", "step"), ("validation", "val_loss", "evaluation_step")):
+        frame = member[variable].to_dataframe(name="loss").reset_index().rename(columns={step: "step"})
+        parts.append(frame[["seed", "step", "loss"]].assign(split=split))
+    return (
+        pd.concat(parts)
+        .dropna(subset="loss")
+        .assign(growth=sweep.growth, optimizer=sweep.optimizer, rules=sweep.rules, width=width, learning_rate=rate)
+        .reindex(columns=["growth", "optimizer", "rules", "width", "learning_rate", "seed", "split", "step", "loss"])
+    )

@@ -1,0 +1,273 @@
+"""Figures of learning-rate transfer: loss against learning rate, and the optimum against width."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from gdn_mup.study.figures.style import (
+    COLUMN_WIDTH,
+    FULL_WIDTH,
+    RULE_COLOURS,
+    RULE_MARKERS,
+    Drawing,
+    distinct,
+    legend,
+    letters,
+    panel_title,
+    power_axis,
+    styled,
+    title,
+    width_axis,
+    width_colours,
+)
+from gdn_mup.study.optimum import Optimum, Transfer, signed, transfers
+from gdn_mup.study.titles import GROWTH_TITLES, OPTIMIZER_TITLES, RULE_TITLES, named
+
+
+@styled
+def lr_transfer(dataset: xr.Dataset, optimizer: str) -> Drawing:
+    """Held-out loss against learning rate: a panel per rule set (and row per growth mode), a line per width.
+
+    Thin points are seeds, lines their mean; a bar is the optimum's 95 % interval. Crosses at the top edge mark
+    learning rates at which a seed diverged. The table has one row per member.
+    Raises UserError if the study has no sweep with this optimizer.
+    """
+    sweeps = transfers(dataset, optimizer)
+    growths, rules = distinct(s.growth for s in sweeps), distinct(s.rules for s in sweeps)
+    colours = width_colours(width for s in sweeps for width in s.widths)
+    figure, axes = plt.subplots(
+        len(growths),
+        len(rules),
+        figsize=(FULL_WIDTH if len(rules) > 1 else COLUMN_WIDTH, 0.75 + 2.3 * len(growths)),
+        sharex=True,
+        sharey="row",
+        squeeze=False,
+    )
+    letter = letters()
+    for i, growth in enumerate(growths):
+        here = {s.rules: s for s in sweeps if s.growth == growth}
+        floor, ceiling = _loss_range(here.values())
+        for j, name in enumerate(rules):
+            ax = axes[i, j]
+            if name not in here:
+                ax.set_axis_off()
+                continue
+            _loss_curves(ax, here[name], colours, ceiling)
+            ax.set_ylim(floor, ceiling)
+            panel_title(ax, next(letter), f"{RULE_TITLES[name]}\n{_slope_label(here[name])}")
+            power_axis(ax.xaxis)
+        axes[i, 0].set_ylabel(
+            "held-out loss (nats/token)" + (f"\ngrowth by {GROWTH_TITLES[growth]}" if len(growths) > 1 else "")
+        )
+    for ax in axes[-1]:
+        ax.set_xlabel("learning rate\nat the base width")
+    title(figure, f"{OPTIMIZER_TITLES[optimizer]}: {_transfer_finding(sweeps)}")
+    handles = [Line2D([], [], color=colours[w], label=f"{w}") for w in colours]
+    handles += [
+        Line2D([], [], color="0.3", marker="o", mec="white", mew=0.5, ms=5, label="optimum, 95 % interval"),
+        Line2D([], [], color="0.3", marker="x", ls="none", label="a seed diverged"),
+    ]
+    legend(figure, handles, "width")
+    return Drawing(figure, _member_table(sweeps))
+
+
+def _loss_curves(ax: Axes, sweep: Transfer, colours: dict[int, str], ceiling: float) -> None:
+    # Crosses of different widths sit below one another, so that none hides another.
+    for level, (width, losses) in enumerate(sweep.curves.items()):
+        colour, optimum = colours[width], sweep.optima[width]
+        rates = np.log2(losses.columns.to_numpy(float))
+        mean = losses.mean(axis=0, skipna=False).to_numpy()
+        ax.plot(rates, mean, color=colour, zorder=2)
+        for _, values in losses.iterrows():
+            ax.plot(rates, values, ".", color=colour, ms=3, alpha=0.5, mew=0, zorder=1)
+        diverged = rates[np.isnan(mean)]
+        place = np.full(len(diverged), 0.97 - 0.045 * level)
+        ax.plot(diverged, place, "x", color=colour, ms=3.5, mew=1, transform=ax.get_xaxis_transform(), zorder=3)
+        if optimum.bracketed:
+            _interval_bar(ax, optimum, colour)
+    base = sweep.optima.get(sweep.base_width)
+    if base is not None and base.bracketed:
+        ax.axvline(base.log2_learning_rate, color="0.6", lw=0.7, ls=(0, (4, 2)), zorder=0)
+
+
+def _interval_bar(ax: Axes, optimum: Optimum, colour: str) -> None:
+    best, (low, high) = optimum.log2_learning_rate, optimum.interval
+    ax.errorbar(
+        best,
+        optimum.loss,
+        xerr=[[best - low], [high - best]],
+        color=colour,
+        elinewidth=1.2,
+        capsize=3,
+        capthick=1.2,
+        zorder=4,
+    )
+    ax.plot(best, optimum.loss, "o", color=colour, mec="white", mew=0.5, ms=4, zorder=5)
+
+
+def _loss_range(sweeps: Iterable[Transfer], octaves: float = 3.0) -> tuple[float, float]:
+    """From below the best loss to the highest within so many octaves of a curve's best, with room for crosses."""
+    best, far = np.inf, -np.inf
+    for sweep in sweeps:
+        for losses in sweep.curves.values():
+            mean = losses.mean(axis=0, skipna=False).dropna()
+            if len(mean):
+                near = mean[np.abs(np.log2(mean.index.to_numpy(float) / mean.idxmin())) <= octaves]
+                best, far = min(best, mean.min()), max(far, near.max())
+    if not np.isfinite(best):
+        return 0.0, 1.0
+    margin = max(far - best, 0.05)
+    return best - 0.08 * margin, far + 0.25 * margin
+
+
+def _transfer_finding(sweeps: Sequence[Transfer]) -> str:
+    """What the slopes say, as one line."""
+    several = len({s.growth for s in sweeps}) > 1
+    parts = []
+    for name in distinct(s.rules for s in sweeps):
+        slopes = [s for s in sweeps if s.rules == name and not s.slope.reason]
+        if slopes:
+            values = ", ".join(
+                signed(s.slope.value) + (f" ({GROWTH_TITLES[s.growth]})" if several else "") for s in slopes
+            )
+            parts.append(f"{RULE_TITLES[name]} {values}")
+    if not parts:
+        return "the optimum is bracketed at too few widths to say how it moves"
+    joined = "; ".join(parts) if several else ", ".join(parts)
+    return f"octaves by which the optimum moves when width doubles\n{joined}"
+
+
+def _slope_label(sweep: Transfer) -> str:
+    if sweep.slope.reason:
+        return "optimum not bracketed"
+    low, high = sweep.slope.interval
+    return f"slope {signed(sweep.slope.value)} [{signed(low)}, {signed(high)}]"
+
+
+def _member_table(sweeps: Sequence[Transfer]) -> pd.DataFrame:
+    frames = []
+    for s in sweeps:
+        for width, losses in s.curves.items():
+            long = losses.reset_index().melt("seed", value_name="val_loss")
+            optimum = s.optima[width]
+            frames.append(
+                long.assign(
+                    growth=s.growth,
+                    optimizer=s.optimizer,
+                    rules=s.rules,
+                    width=width,
+                    diverged=long.val_loss.isna().astype(int),
+                    optimum_log2_learning_rate=optimum.log2_learning_rate,
+                    optimum_low=optimum.interval.low,
+                    optimum_high=optimum.interval.high,
+                )
+            )
+    first = ["growth", "optimizer", "rules", "width", "seed", "learning_rate"]
+    table = pd.concat(frames, ignore_index=True)
+    return table[first + [name for name in table.columns if name not in first]]
+
+
+# Optimum against width
+
+
+@styled
+def optimum_vs_width(dataset: xr.Dataset) -> Drawing:
+    """Optimal learning rate against width, a panel per optimizer (and row per growth mode), a line per rule set.
+
+    Bars are 95 % intervals, lines the fits whose slopes the legend gives. A hollow marker is the best learning
+    rate of a grid that does not bracket its optimum. The table has one row per optimum.
+    """
+    sweeps = transfers(dataset)
+    growths, optimizers = distinct(s.growth for s in sweeps), distinct(s.optimizer for s in sweeps)
+    size = (FULL_WIDTH if len(optimizers) > 1 else COLUMN_WIDTH, 0.55 + 2.5 * len(growths))
+    figure, axes = plt.subplots(len(growths), len(optimizers), figsize=size, sharex=True, squeeze=False, sharey=False)
+    letter = letters()
+    rows = []
+    for i, growth in enumerate(growths):
+        for j, optimizer in enumerate(optimizers):
+            ax = axes[i, j]
+            here = [s for s in sweeps if (s.growth, s.optimizer) == (growth, optimizer)]
+            if not here:
+                ax.set_axis_off()
+                continue
+            for k, sweep in enumerate(here):
+                _optima_of(ax, sweep, shift=0.05 * (k - (len(here) - 1) / 2))
+                rows += _optimum_rows(sweep)
+            power_axis(ax.yaxis)
+            width_axis(ax, distinct(width for s in sweeps for width in s.widths))
+            growing = f", growth by {GROWTH_TITLES[growth]}" if len(growths) > 1 else ""
+            panel_title(ax, next(letter), OPTIMIZER_TITLES[optimizer] + growing)
+            # Below the data, so that no line or bar runs through it: a share of the axis for its title and rows.
+            low, high = ax.get_ylim()
+            ax.set_ylim(high - (high - low) / (1 - 0.085 * (len(here) + 1) - 0.04), high)
+            ax.legend(loc="lower left", title="octaves per doubling", alignment="left", title_fontsize=7)
+        axes[i, 0].set_ylabel("best learning rate\n(at the base width)")
+    for ax in axes[-1]:
+        ax.set_xlabel("width")
+    if any(not optimum.bracketed for s in sweeps for optimum in s.optima.values()):
+        hollow = Line2D(
+            [], [], color="0.3", marker="o", mfc="white", ls="none", label="best of the grid, not bracketed"
+        )
+        figure.legend(handles=[hollow], loc="outside lower center")
+    title(figure, _stays_finding(sweeps))
+    return Drawing(figure, pd.DataFrame(rows))
+
+
+def _optima_of(ax: Axes, sweep: Transfer, shift: float) -> None:
+    colour, marker = RULE_COLOURS[sweep.rules], RULE_MARKERS[sweep.rules]
+    for width, optimum in sweep.optima.items():
+        x = np.log2(width) + shift
+        if optimum.bracketed:
+            y = optimum.log2_learning_rate
+            ax.vlines(x, *optimum.interval, color=colour, lw=1.4)
+            ax.plot(x, y, marker, color=colour, mec="white", mew=0.5, ms=5, zorder=3)
+        else:
+            losses = sweep.curves[width].mean(axis=0, skipna=False)
+            if losses.notna().any():
+                ax.plot(x, np.log2(losses.idxmin()), marker, mfc="white", mec=colour, ms=5, zorder=3)
+    slope, label = sweep.slope, RULE_TITLES[sweep.rules]
+    if slope.reason:
+        ax.plot([], [], marker, mfc="white", mec=colour, label=f"{label}: not bracketed")
+        return
+    ends = np.log2([sweep.widths[0], sweep.widths[-1]])
+    low, high = slope.interval
+    text = f"{signed(slope.value)} [{signed(low)}, {signed(high)}]"
+    ax.plot(ends + shift, slope.intercept + slope.value * ends, color=colour, lw=1)
+    ax.plot([], [], color=colour, marker=marker, mec="white", mew=0.5, ms=5, lw=1, label=f"{label}: {text}")
+
+
+def _optimum_rows(sweep: Transfer) -> list[dict[str, Any]]:
+    return [
+        {
+            "growth": sweep.growth,
+            "optimizer": sweep.optimizer,
+            "rules": sweep.rules,
+            "width": width,
+            "optimum_log2_learning_rate": optimum.log2_learning_rate,
+            "optimum_low": optimum.interval.low,
+            "optimum_high": optimum.interval.high,
+            "not_bracketed": optimum.reason,
+            "slope": sweep.slope.value,
+            "slope_low": sweep.slope.interval.low,
+            "slope_high": sweep.slope.interval.high,
+        }
+        for width, optimum in sweep.optima.items()
+    ]
+
+
+def _stays_finding(sweeps: Sequence[Transfer]) -> str:
+    known = [s for s in sweeps if not s.slope.reason]
+    if not known:
+        return "The optimum is bracketed at too few widths to say how it moves"
+
+    moving = named((s.optimizer, s.rules) for s in known if 0.0 not in s.slope.interval)
+    staying = named((s.optimizer, s.rules) for s in known if 0.0 in s.slope.interval)
+    lines = [f"The optimum moves with width: {moving}."] if moving else []
+    lines += [f"Movement not established: {staying}."] if staying else []
+    return "\n".join(lines)

@@ -1,0 +1,32 @@
+"""Where products are found and how they are written."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def from_root(path: Path | str) -> Path:
+    """A path relative to the repository's root, wherever inside the repository a notebook was started.
+
+    The root is the nearest folder, from the working directory upward, that holds the Snakefile.
+    Absolute paths, and all paths where there is no Snakefile above, are returned as they are.
+    """
+    path = Path(path)
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if not path.is_absolute() and (folder / "Snakefile").is_file():
+            return folder / path
+    return path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, with its suffix, that takes its place if the block succeeds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
