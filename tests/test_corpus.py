@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,8 @@ from hypothesis import strategies as st
 
 from gdn_mup.corpus import sources
 from gdn_mup.corpus.config import CorpusSettings
-from gdn_mup.corpus.sources import Document, documents, is_validation, split, take_bytes
+from gdn_mup.corpus.documents import Document, is_validation, split, take_bytes
+from gdn_mup.corpus.sources import select
 from gdn_mup.corpus.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
 from gdn_mup.corpus.tokens import TokenFile, build_corpus
 from gdn_mup.errors import UserError
@@ -43,6 +45,11 @@ def from_files(*patterns: str, **more: object) -> CorpusSettings:
     return CorpusSettings.model_validate(
         {"source": "files", "files": patterns, "vocabulary_size": 270, "validation_fraction": 0.3} | more
     )
+
+
+def documents(settings: CorpusSettings, root: Path) -> Iterator[Document]:
+    """The documents of a corpus whose relative paths start at `root`."""
+    return select(settings, root, root / "downloads").documents
 
 
 def write_jsonl(path: Path, texts: list[str], field: str = "text") -> None:

@@ -89,7 +89,9 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, case: str) -> None:
 
 
 def test_a_missing_study_names_those_that_exist() -> None:
-    with pytest.raises(UserError, match=r"config/studies/lptop\.yaml: no such study file; there are: laptop, smoke"):
+    with pytest.raises(
+        UserError, match=r"config/studies/lptop\.yaml: no such study file; there are: h200, laptop, smoke"
+    ):
         load_study(ROOT / "config/studies/lptop.yaml")
 
 

@@ -35,6 +35,7 @@ def test_a_dry_run_plans_every_job_of_the_study(workflow: WorkflowCopy, study: s
     planned = workflow.planned("--config", f"study={study}")
     plan = load_study(ROOT / f"config/studies/{study}.yaml")
     assert planned["corpus"] == planned["report_html"] == 1
+    assert planned["fetch_packages"] == (plan.corpus.source == "pypi")
     assert planned["lr_sweep"] == len(plan.jobs("lr_sweep"))
     assert planned["coordinate_check"] == len(plan.jobs("coordinates"))
     assert planned["multiplier"] == len(plan.jobs("multiplier"))

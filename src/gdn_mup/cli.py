@@ -119,6 +119,21 @@ def corpus(
 
 
 @app.command()
+def fetch(
+    study: StudyFile,
+    output: Annotated[Path, typer.Option(help="Folder for the packages and packages.json.")],
+) -> None:
+    """Fetch the packages that a study's corpus is made of (source `pypi`); those already there stay."""
+    from gdn_mup.corpus.pypi import fetch as fetch_packages
+    from gdn_mup.study.plan import load_study
+
+    settings = load_study(study).corpus
+    if settings.source != "pypi":
+        raise UserError(f"{study}: corpus.source: {settings.source!r}: only source `pypi` has packages to fetch")
+    fetch_packages(Path(settings.requirements), output)
+
+
+@app.command()
 def sweep(
     study: StudyFile,
     corpus: CorpusFolder,

@@ -45,7 +45,9 @@ def stop(error: UserError) -> NoReturn:
 
 
 def get_corpus_files(wildcards) -> list[str]:
-    """The user's own documents: when one changes, the corpus is built again."""
+    """What a corpus is made of: the user's own documents, or the packages. When one changes, it is built again."""
+    if get_study(wildcards.study).corpus.source == "pypi":
+        return [f"results/{wildcards.study}/corpus/downloads/packages.json"]
     patterns = [os.path.expanduser(pattern) for pattern in get_study(wildcards.study).corpus.files]
     found = {path for pattern in patterns for path in glob.glob(pattern, recursive=True)}
     return sorted(path for path in found if os.path.isfile(path))

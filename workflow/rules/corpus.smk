@@ -1,3 +1,28 @@
+# Wheels that are whole stay in the folder, whatever becomes of the others: what broke off is fetched again, no more.
+rule fetch_packages:
+    input:
+        lambda wildcards: get_study(wildcards.study).corpus.requirements,
+    output:
+        "results/{study}/corpus/downloads/packages.json",
+    log:
+        "results/{study}/logs/fetch_packages.log",
+    benchmark:
+        "results/{study}/benchmarks/fetch_packages.tsv"
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=500,
+        runtime=60,
+    params:
+        study="config/studies/{study}.yaml",
+        directory=subpath(output[0], parent=True),
+    message:
+        "Packages whose text study {wildcards.study} trains on"
+    shell:
+        "gdn-mup fetch --study {params.study} --output {params.directory} > {log} 2>&1"
+
+
 rule corpus:
     input:
         get_corpus_files,

@@ -1,23 +1,33 @@
 """Which text is trained on, and how it becomes tokens."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from gdn_mup.settings import Settings
+
+# Keys that one source alone reads. Under another source they are not part of a job's settings.
+OWN_KEYS = {"requirements": "pypi"}
 
 
 class CorpusSettings(Settings):
     """Text in, tokens out. Sizes in bytes of UTF-8."""
 
-    source: Literal["stdlib", "files"] = Field(
-        "stdlib", description="`stdlib`: the Python standard library's own text (offline); `files`: your own text."
+    source: Literal["stdlib", "files", "pypi"] = Field(
+        "stdlib",
+        description="`stdlib`: the Python standard library's own text (offline); `files`: your own text; `pypi`: the "
+        "text in pinned packages, fetched with pip.",
     )
     files: tuple[str, ...] = Field(
         (), description="Glob patterns of .txt, .md, .py, .jsonl or .parquet files; for source `files`."
     )
     field: str = Field(
         "text", description="The field (.jsonl) or column (.parquet) that holds the text; for source `files`."
+    )
+    requirements: str = Field(
+        "",
+        description="A requirements file that pins each wheel by version and sha256; for source `pypi`. "
+        "`config/corpora/pypi.txt` is there.",
     )
     maximum_bytes: int = Field(
         20_000_000, gt=0, description="Stop taking documents beyond this much text (in order of document hash)."
@@ -38,4 +48,15 @@ class CorpusSettings(Settings):
             raise ValueError("source `files` needs at least one glob pattern under `files`")
         if self.source != "files" and self.files:
             raise ValueError(f"`files` is only read by source `files`, but source is `{self.source}`")
+        for key, source in OWN_KEYS.items():
+            if self.source != source and key in self.model_fields_set:
+                raise ValueError(f"`{key}` is only read by source `{source}`, but source is `{self.source}`")
+        if self.source == "pypi" and not self.requirements:
+            raise ValueError("source `pypi` needs a requirements file under `requirements`")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_keys_of_other_sources(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A source that is added later must not change the settings of jobs that do not read it."""
+        dumped: dict[str, Any] = handler(self)
+        return {key: value for key, value in dumped.items() if OWN_KEYS.get(key, self.source) == self.source}

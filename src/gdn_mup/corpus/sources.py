@@ -4,87 +4,47 @@ import glob
 import hashlib
 import heapq
 import json
+import logging
 import os
+import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gdn_mup.corpus.config import CorpusSettings
+from gdn_mup.corpus.documents import Document, take_bytes
+from gdn_mup.corpus.near_duplicates import drop_near_duplicates
+from gdn_mup.corpus.pypi import Wheel, fetch, package_texts
 from gdn_mup.errors import UserError
 
-
-class Document(NamedTuple):
-    """One text with a name to find it by."""
-
-    name: str  # a path, with `:line` (.jsonl) or `:row` (.parquet) where a file holds many
-    text: str
-    sha256: str  # of the whole text in UTF-8, also where `text` was cut at `maximum_bytes`
-
-    @property
-    def bytes(self) -> int:
-        """Size of the text in UTF-8."""
-        return len(self.text.encode())
+logger = logging.getLogger(__name__)
 
 
-def documents(settings: CorpusSettings, root: Path) -> Iterator[Document]:
+class Selection(NamedTuple):
+    """The documents of a corpus, and what there is to say about where they come from."""
+
+    documents: Iterator[Document]
+    provenance: dict[str, Any]  # complete once all documents have been taken
+
+
+def select(settings: CorpusSettings, root: Path, downloads: Path) -> Selection:
     """The documents of a corpus, by ascending hash, up to `settings.maximum_bytes` of text.
 
-    Blank documents are left out and exact duplicates kept once. The hash order makes the selection a random
-    sample that is the same whatever the files are called and in whatever order they are read; the document
-    that crosses the limit is cut there. At no time is much more than the limit in memory.
+    Blank documents are left out and exact duplicates kept once; of source `pypi`, near-duplicates too. The hash order
+    makes the selection a random sample that is the same whatever the files are called and in whatever order they are
+    read; the document that crosses the limit is cut there. At no time is much more than the limit in memory, or than
+    the packages' text.
 
-    `root` is what relative patterns of source `files` start from.
+    `root` is what relative paths and patterns start from; `downloads` is where fetched packages are kept.
 
-    Raises UserError for files that cannot be read as text and for patterns that match nothing.
+    Raises UserError for files that cannot be read as text, for patterns that match nothing, and for packages that
+    cannot be fetched.
     """
+    if settings.source == "pypi":
+        return _pypi(settings, fetch(root / settings.requirements, downloads), downloads)
     texts = _stdlib_texts() if settings.source == "stdlib" else _file_texts(settings, root)
-    return _lowest_hashes(texts, settings.maximum_bytes)
-
-
-def is_validation(sha256: str, fraction: float) -> bool:
-    """Whether the document with this hash is held out: a property of the document alone.
-
-    It reads the last digits of the hash: `documents` orders and cuts by the first ones, so that the two are
-    independent.
-    """
-    return int(sha256[-16:], 16) < fraction * 2.0**64
-
-
-def split(texts: Iterable[Document], fraction: float) -> tuple[list[Document], list[Document]]:
-    """Training and validation documents, in the order given.
-
-    Raises UserError if either would be empty.
-    """
-    train: list[Document] = []
-    validation: list[Document] = []
-    for document in texts:
-        (validation if is_validation(document.sha256, fraction) else train).append(document)
-    total = len(train) + len(validation)
-    if not total:
-        raise UserError("corpus: every document is blank; name files that hold text under corpus.files")
-    for name, share, cure in (("validation", validation, "raise"), ("training", train, "lower")):
-        if not share:
-            raise UserError(
-                f"corpus.validation_fraction: {fraction} of {total} document{'s' * (total > 1)} leaves none "
-                f"for {name}; {cure} it, or give more documents (.jsonl holds one a line; "
-                "corpus.maximum_bytes limits how many are taken)"
-            )
-    return train, validation
-
-
-def take_bytes(texts: Iterable[Document], limit: int) -> Iterator[Document]:
-    """Documents up to `limit` bytes of UTF-8; the one that crosses the limit is cut, between characters."""
-    left = limit
-    for document in texts:
-        size = document.bytes
-        if size > left:
-            text = document.text.encode()[:left].decode(errors="ignore")
-            if text.strip():
-                yield document._replace(text=text)
-            return
-        yield document
-        left -= size
+    return Selection(_lowest_hashes(texts, settings.maximum_bytes), {})
 
 
 def _lowest_hashes(texts: Iterable[tuple[str, str]], limit: int) -> Iterator[Document]:
@@ -109,6 +69,32 @@ def _lowest_hashes(texts: Iterable[tuple[str, str]], limit: int) -> Iterator[Doc
             held.discard(dropped.sha256)
             total -= size
     return take_bytes((document for _, _, document in sorted(heap, reverse=True)), limit)
+
+
+# ---- source `pypi` ----
+
+
+def _pypi(settings: CorpusSettings, wheels: list[Wheel], downloads: Path) -> Selection:
+    """Near-duplicates are looked for in all packages, so that `maximum_bytes` does not decide which are dropped."""
+    provenance: dict[str, Any] = {"packages": [wheel._asdict() for wheel in wheels]}
+
+    def documents() -> Iterator[Document]:
+        dropped: list[Document] = []
+        everything = list(_lowest_hashes(package_texts(wheels, downloads), sys.maxsize))
+        kept = list(drop_near_duplicates(everything, dropped))
+        for key, part in (("read", everything), ("near_duplicates", dropped)):
+            provenance[key] = {"documents": len(part), "bytes": sum(document.bytes for document in part)}
+        logger.info(
+            "packages: %d, %d documents, %.1f MB; of these near-duplicates, which are dropped: %d, %.1f MB",
+            len(wheels),
+            len(everything),
+            provenance["read"]["bytes"] / 1e6,
+            len(dropped),
+            provenance["near_duplicates"]["bytes"] / 1e6,
+        )
+        yield from take_bytes(kept, settings.maximum_bytes)
+
+    return Selection(documents(), provenance)
 
 
 # ---- source `stdlib` ----

@@ -22,7 +22,8 @@ from pydantic import Field, ValidationError
 from tokenizers import Tokenizer
 
 from gdn_mup.corpus.config import CorpusSettings
-from gdn_mup.corpus.sources import Document, documents, split, take_bytes
+from gdn_mup.corpus.documents import Document, split, take_bytes
+from gdn_mup.corpus.sources import select
 from gdn_mup.corpus.tokenizer import END_OF_TEXT, train_tokenizer
 from gdn_mup.errors import UserError
 from gdn_mup.settings import Settings
@@ -48,6 +49,9 @@ class Sidecar(Settings):
     documents: int = Field(gt=0, description="Number of end-of-text tokens.")
     bytes: int = Field(gt=0, description="Size of the documents' text in UTF-8.")
     sha256: str = Field(description="Of the array as stored.")
+    provenance: dict[str, Any] = Field(
+        {}, description="Of source `pypi`: every package with version, sha256 and licence; near-duplicates dropped."
+    )
 
 
 class TokenFile:
@@ -170,20 +174,22 @@ def _check_content(path: Path, array: NDArray[np.unsignedinteger], sidecar: Side
 
 
 def build_corpus(
-    settings: CorpusSettings, root: Path, output: Path, progress: bool | None = None
+    settings: CorpusSettings, root: Path, output: Path, progress: bool | None = None, downloads: Path | None = None
 ) -> tuple[TokenFile, TokenFile]:
     """From text to `tokenizer.json`, `train.tokens`, `validation.tokens` and their sidecars in `output`.
 
     Everything is written under a temporary name and renamed when all is complete. `root` is what relative
-    file patterns start from. `progress` shows bars, by default where standard error is a terminal; otherwise
+    file patterns start from. Packages are fetched to `downloads`, by default the folder of that name in `output`,
+    if they are not there yet. `progress` shows bars, by default where standard error is a terminal; otherwise
     a line per stage is logged.
 
     Returns the training and the validation tokens. Raises UserError for text that cannot be used, before
     anything is written.
     """
+    selection = select(settings, root, downloads or output / "downloads")
     with _stages(sys.stderr.isatty() if progress is None else progress) as stage:
         stage("Reading text")
-        train, validation = split(documents(settings, root), settings.validation_fraction)
+        train, validation = split(selection.documents, settings.validation_fraction)
         stage("Learning the vocabulary")
         sample = take_bytes(train, settings.tokenizer_sample_bytes)
         tokenizer = train_tokenizer((document.text for document in sample), settings)
@@ -194,7 +200,7 @@ def build_corpus(
                 (scratch / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
                 for name, part in (("train", train), ("validation", validation)):
                     advance = stage(f"Encoding {name}", sum(document.bytes for document in part))
-                    _write_tokens(scratch, name, part, tokenizer, settings, advance)
+                    _write_tokens(scratch, name, part, tokenizer, settings, selection.provenance, advance)
                 for file in sorted(scratch.iterdir()):
                     os.replace(file, output / file.name)
         except OSError as error:
@@ -221,6 +227,7 @@ def _write_tokens(
     texts: list[Document],
     tokenizer: Tokenizer,
     settings: CorpusSettings,
+    provenance: dict[str, Any],
     advance: Callable[[int], None],
 ) -> None:
     """Encode documents into `name`.tokens, described in `name`.json; `advance` is told the bytes done."""
@@ -236,10 +243,8 @@ def _write_tokens(
             tokens += len(array)
             size += batch_bytes
             advance(batch_bytes)
-    interpreter = f"{platform.python_implementation()} {platform.python_version()}"
-    stdlib = settings.source == "stdlib"
     sidecar = Sidecar(
-        source=f"standard library of {interpreter}" if stdlib else f"files: {', '.join(settings.files)}",
+        source=_describe(settings),
         settings=settings.model_dump(mode="json"),
         tokenizer_sha256=hashlib.sha256((directory / "tokenizer.json").read_bytes()).hexdigest(),
         vocabulary_size=vocabulary_size,
@@ -248,8 +253,18 @@ def _write_tokens(
         documents=len(texts),
         bytes=size,
         sha256=checksum.hexdigest(),
+        provenance=provenance,
     )
     (directory / f"{name}.json").write_text(sidecar.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def _describe(settings: CorpusSettings) -> str:
+    """Where text comes from, in words."""
+    if settings.source == "stdlib":
+        return f"standard library of {platform.python_implementation()} {platform.python_version()}"
+    if settings.source == "pypi":
+        return f"packages pinned in {settings.requirements}"
+    return f"files: {', '.join(settings.files)}"
 
 
 def _batches(texts: Iterable[Document]) -> Iterator[tuple[list[tuple[str, bool]], int]]:

@@ -1,0 +1,64 @@
+"""A document, and what is decided by its hash alone: whether it is held out, and where a selection ends."""
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from gdn_mup.errors import UserError
+
+
+class Document(NamedTuple):
+    """One text with a name to find it by."""
+
+    name: str  # a path, with `:line` (.jsonl) or `:row` (.parquet) where a file holds many
+    text: str
+    sha256: str  # of the whole text in UTF-8, also where `text` was cut at `maximum_bytes`
+
+    @property
+    def bytes(self) -> int:
+        """Size of the text in UTF-8."""
+        return len(self.text.encode())
+
+
+def is_validation(sha256: str, fraction: float) -> bool:
+    """Whether the document with this hash is held out: a property of the document alone.
+
+    It reads the last digits of the hash: `documents` orders and cuts by the first ones, so that the two are
+    independent.
+    """
+    return int(sha256[-16:], 16) < fraction * 2.0**64
+
+
+def split(texts: Iterable[Document], fraction: float) -> tuple[list[Document], list[Document]]:
+    """Training and validation documents, in the order given.
+
+    Raises UserError if either would be empty.
+    """
+    train: list[Document] = []
+    validation: list[Document] = []
+    for document in texts:
+        (validation if is_validation(document.sha256, fraction) else train).append(document)
+    total = len(train) + len(validation)
+    if not total:
+        raise UserError("corpus: every document is blank; name files that hold text under corpus.files")
+    for name, share, cure in (("validation", validation, "raise"), ("training", train, "lower")):
+        if not share:
+            raise UserError(
+                f"corpus.validation_fraction: {fraction} of {total} document{'s' * (total > 1)} leaves none "
+                f"for {name}; {cure} it, or give more documents (.jsonl holds one a line; "
+                "corpus.maximum_bytes limits how many are taken)"
+            )
+    return train, validation
+
+
+def take_bytes(texts: Iterable[Document], limit: int) -> Iterator[Document]:
+    """Documents up to `limit` bytes of UTF-8; the one that crosses the limit is cut, between characters."""
+    left = limit
+    for document in texts:
+        size = document.bytes
+        if size > left:
+            text = document.text.encode()[:left].decode(errors="ignore")
+            if text.strip():
+                yield document._replace(text=text)
+            return
+        yield document
+        left -= size
