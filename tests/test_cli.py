@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -55,9 +56,9 @@ STUDY = {
 }
 
 
-def gdn_mup(*arguments: object, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a process of its own, as a user would."""
-    command = [sys.executable, "-m", "gdn_mup", *map(str, arguments)]
+def gdn_mup(*arguments: object, folder: Path = ROOT, python: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own, as a user would; `python` are options of the interpreter."""
+    command = [sys.executable, *python, "-m", "gdn_mup", *map(str, arguments)]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
 
 
@@ -124,9 +125,16 @@ def test_job_files_say_where_they_come_from(made: dict[str, Path], kind: str) ->
     assert all(variable.attrs["long_name"] and variable.attrs["units"] for variable in job.variables.values())
 
 
-def test_the_same_job_gives_the_same_bits(made: dict[str, Path], study: Path, tmp_path: Path) -> None:
+def test_the_same_job_gives_the_same_bits_and_imports_no_compiler(
+    made: dict[str, Path], study: Path, tmp_path: Path
+) -> None:
+    """torch._dynamo, which torch.optim's classes import, would be two seconds of every job."""
     options = ("--growth", "heads", "--optimizer", "adamw", "--width", 32, "--seed", 0, "--output", tmp_path / "j.nc")
-    assert gdn_mup("sweep", "--study", study, "--corpus", made["corpus"], *options).returncode == 0
+    command = ("sweep", "--study", study, "--corpus", made["corpus"], *options)
+    done = gdn_mup(*command, python=("-X", "importtime"))
+    assert done.returncode == 0
+    assert "gdn_mup.training.optimizers" in done.stderr
+    assert torch.cuda.is_available() or "torch._dynamo" not in done.stderr
     first, again = open_job(made["lr_sweep job"], "lr_sweep"), open_job(tmp_path / "j.nc", "lr_sweep")
     for name in ("train_loss", "val_loss", "grad_norm", "diverged"):
         np.testing.assert_array_equal(first[name], again[name])

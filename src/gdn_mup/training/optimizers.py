@@ -1,15 +1,19 @@
-"""AdamW and SGD over members, with clipping: torch's own fused optimizers, one parameter group a rule and member.
+"""AdamW and SGD over members, with clipping: torch's own fused updates, one call a rule and member.
 
-A member's slice of a parameter is a tensor of its own to the optimizer, so that each has its own learning
+A member's slice of a parameter is a tensor of its own to the update, so that each has its own learning
 rate, ε and weight decay, and a member that diverges touches nobody.
 """
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+# The functions, not the classes: those import torch.compile's machinery, which takes two seconds, for nothing.
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
 
 from gdn_mup.model.language_model import LanguageModel
 from gdn_mup.scaling.apply import ModelScaling
@@ -31,6 +35,19 @@ class Optimizer(Protocol):
         """Continue from what `state` gave."""
 
 
+class _Group(NamedTuple):
+    """Slices that one call updates: those of one member under one rule."""
+
+    places: list[tuple[str, int]]  # of each slice: its parameter and its member
+    slices: list[Tensor]
+    momenta: list[Tensor]
+    squares: list[Tensor]  # AdamW's mean squares; SGD has none
+    steps: list[Tensor]  # AdamW's updates done, a scalar each
+    learning_rate: float  # at its peak
+    weight_decay: float
+    epsilon: float
+
+
 class MemberOptimizer:
     """One optimizer for all members of a model.
 
@@ -48,31 +65,29 @@ class MemberOptimizer:
         training: TrainingSettings,
     ) -> None:
         self._model, self._norm_weights, self._training = model, norm_weights, training
-        self._slices: list[tuple[Tensor, str, int]] = []
-        groups: dict[tuple[int, Scaling, bool], list[Tensor]] = defaultdict(list)
+        adaptive = optimizer == "adamw"
+        self._update = self._adamw if adaptive else self._sgd
+        places: dict[tuple[int, Scaling, bool], list[tuple[str, int]]] = defaultdict(list)
         for name, weight in model.weights.items():
             for member, scaling in enumerate(scalings):
-                piece = weight[member]
-                self._slices.append((piece, name, member))
                 rule = scaling.parameters[name]._replace(init_std=1.0)  # the init is not the optimizer's
-                groups[member, rule, piece.dim() > 1].append(piece)
-        options = [
-            {
-                "params": pieces,
-                "lr": learning_rates[member] * rule.learning_rate,
-                # Gains and gate scalars (vectors) do not decay, as in fla and most language models.
-                "weight_decay": training.weight_decay * rule.weight_decay if decays else 0.0,
-                **({"eps": training.epsilon * rule.epsilon} if optimizer == "adamw" else {}),
-            }
-            for (member, rule, decays), pieces in groups.items()
-        ]
-        if optimizer == "adamw":
-            betas = (training.momentum, training.beta2)
-            self._optimizer: torch.optim.Optimizer = torch.optim.AdamW(options, betas=betas, fused=True)
-        else:
-            nesterov = training.momentum > 0
-            self._optimizer = torch.optim.SGD(options, momentum=training.momentum, nesterov=nesterov, fused=True)
-        self._peaks = [group["lr"] for group in self._optimizer.param_groups]
+                places[member, rule, weight[member].dim() > 1].append((name, member))
+        self._groups = []
+        for (member, rule, decays), group in places.items():
+            slices = [model.weights[name][member] for name, member in group]
+            self._groups.append(
+                _Group(
+                    places=group,
+                    slices=slices,
+                    momenta=[torch.zeros_like(piece) for piece in slices],
+                    squares=[torch.zeros_like(piece) for piece in slices] if adaptive else [],
+                    steps=[torch.zeros((), device=model.flat.device) for _ in slices] if adaptive else [],
+                    learning_rate=learning_rates[member] * rule.learning_rate,
+                    # Gains and gate scalars (vectors) do not decay, as in fla and most language models.
+                    weight_decay=training.weight_decay * rule.weight_decay if decays else 0.0,
+                    epsilon=training.epsilon * rule.epsilon,
+                )
+            )
 
     def step(self, factor: float) -> Tensor:
         """Clip and take one update at `factor` times the peak learning rates; norms [M] before clipping."""
@@ -81,28 +96,52 @@ class MemberOptimizer:
         if self._training.clipping != "none":
             stored = {name: tensor.grad for name, tensor in self._model.tensors.items() if tensor.grad is not None}
             clip(stored, norms, self._training.clip_norm)
-        for piece, name, member in self._slices:
-            piece.grad = gradients[name][member]
-        for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
-            group["lr"] = peak * factor
-        self._optimizer.step()
+        for group in self._groups:
+            self._update(group, [gradients[name][member] for name, member in group.places], factor)
         return norms
+
+    def _adamw(self, group: _Group, gradients: list[Tensor], factor: float) -> None:
+        adamw(
+            group.slices,
+            gradients,
+            group.momenta,
+            group.squares,
+            [],  # AMSGrad's largest squares
+            group.steps,
+            fused=True,
+            amsgrad=False,
+            beta1=self._training.momentum,
+            beta2=self._training.beta2,
+            lr=group.learning_rate * factor,
+            weight_decay=group.weight_decay,
+            eps=group.epsilon,
+            maximize=False,
+        )
+
+    def _sgd(self, group: _Group, gradients: list[Tensor], factor: float) -> None:
+        sgd(
+            group.slices,
+            gradients,
+            list(group.momenta),  # a list of tensors or None, to the type checker
+            fused=True,
+            weight_decay=group.weight_decay,
+            momentum=self._training.momentum,
+            lr=group.learning_rate * factor,
+            dampening=0.0,
+            nesterov=self._training.momentum > 0,
+            maximize=False,
+        )
 
     def state(self) -> dict[str, Tensor]:
         """Momenta and step counts as flat named tensors, for a checkpoint."""
-        entries = self._optimizer.state_dict()["state"]
         return {
-            f"{index}.{key}": value
-            for index, entry in entries.items()
-            for key, value in entry.items()
-            if isinstance(value, Tensor)
+            f"{number}.{kind}.{i}": tensor
+            for number, group in enumerate(self._groups)
+            for kind, tensors in (("momentum", group.momenta), ("square", group.squares), ("step", group.steps))
+            for i, tensor in enumerate(tensors)
         }
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Continue from what `state` gave."""
-        entries: dict[int, dict[str, Tensor]] = defaultdict(dict)
-        for name, value in tensors.items():
-            index, key = name.split(".", 1)
-            entries[int(index)][key] = value
-        groups = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict({"state": dict(entries), "param_groups": groups})
+        for name, tensor in self.state().items():
+            tensor.copy_(tensors[name])
