@@ -72,18 +72,12 @@ def coordinate_check(
         for variable in ("weight_rms", "gradient_rms", "update_rms")
     }
 
-    # By position: for the smallest models, looking up labels with `loc` takes longer than training.
-    positions = {
-        name: {label: position for position, label in enumerate(labels)}
-        for name, labels in (
-            dimensions | {"quantity": _names(places), "parameter": _names(parameters.values())}
-        ).items()
-    }
-
     def put(variable: str, step: int, place: Place, values: Tensor) -> None:
+        # By position: for the smallest models, looking labels up with `loc` takes longer than training.
         array = sizes[variable]
-        labels = ("step", step), ("layer", place.layer), (array.dims[-1], place.name)
-        array.values[:, *(positions[name][label] for name, label in labels)] = values.cpu().numpy()
+        names = array.indexes[array.dims[-1]]
+        here = steps.index(step), layers.index(place.layer), names.get_loc(place.name)
+        array.values[:, *here] = values.cpu().numpy()
 
     for step in range(max(steps) + 1):
         measured = step in steps

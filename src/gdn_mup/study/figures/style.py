@@ -80,7 +80,9 @@ def styled(draw: Callable[..., Drawing]) -> Callable[..., Drawing]:
     def drawn(*arguments: Any, **options: Any) -> Drawing:
         with plt.rc_context(STYLE):
             drawing = draw(*arguments, **options)
-            drawing.figure.canvas.draw()  # settle the layout while the style holds
+            # Lay out once, while the style holds: every later drawing of the figure would find the same layout again.
+            drawing.figure.canvas.draw()
+            drawing.figure.set_layout_engine("none")
             plt.close(drawing.figure)
         return drawing
 
