@@ -15,7 +15,9 @@ if TYPE_CHECKING:  # torch and xarray take seconds to import: only the commands 
     import xarray as xr
     from rich.console import Console
 
+    from gdn_mup.progress import Report
     from gdn_mup.study.plan import Job, Study
+    from gdn_mup.training.config import TrainingSettings
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -31,6 +33,8 @@ app = typer.Typer(
     "Start with `gdn-mup rules` to see how each rule set scales each parameter.",
 )
 
+# Kinds of jobs; a coordinate check measures in float32, sizes as small as a gate's gradient.
+TRAINED_BY_KERNELS = ("lr_sweep", "clipping")
 OLDEST_GPU = (8, 0)  # compute capability: Ampere, the first with bfloat16 matrix products
 
 StudyFile = Annotated[Path, typer.Option("--study", help="Study file, such as config/studies/laptop.yaml.")]
@@ -68,7 +72,7 @@ def plan(study: StudyFile) -> None:
     """List the jobs that a study asks for, with the members that each trains side by side."""
     from rich.table import Table
 
-    from gdn_mup.study.plan import SECTIONS, Sweep, load_study, settings_hash
+    from gdn_mup.study.plan import SECTIONS, ClippingCheck, Sweep, load_study, settings_hash
 
     loaded = load_study(study)
     table = Table("kind", "growth", "optimizer", "width", "seed", "members", "steps", "settings", title=str(study))
@@ -77,6 +81,7 @@ def plan(study: StudyFile) -> None:
             experiment = loaded.experiment_of(job)
             if isinstance(experiment, Sweep):
                 members = len(experiment.rules) * len(experiment.learning_rates.values)
+                members *= len(experiment.clippings) if isinstance(experiment, ClippingCheck) else 1
                 steps = loaded.training_of(experiment).steps
             else:
                 members, steps = len(experiment.rules), max(experiment.steps)
@@ -157,26 +162,19 @@ def sweep(
     job = Job("lr_sweep", growth, optimizer, width, seed)  # type: ignore[arg-type]
     experiment = loaded.experiment_of(job)
     assert isinstance(experiment, Sweep)
-    from gdn_mup.training.sweep import distinct_members, train
-
     settings = loaded.settings_of(job)
     ready = _prepare(loaded, job, corpus, threads, device)
-    rates = experiment.learning_rates.values
-    training = loaded.training_of(experiment)
-    members, stands_for = distinct_members(ready.scaled, rates, training.clipping)
-    with progress(_title(job), training.steps * len(members)) as report:
-        curves = train(
-            members,
-            ready.make_trainer,
-            ready.group_size(members),
-            width,
-            training,
-            ready.validation,
+    with progress(_title(job), 1) as report:
+        swept = _sweep(
+            ready,
+            job,
+            experiment.learning_rates.values,
+            loaded.training_of(experiment),
+            report,
             checkpoint=checkpoint or output.with_name(f".{output.name}.checkpoint"),
             settings_hash=settings_hash(settings),
-            report=report,
         )
-    _write_job(_sweep_dataset(curves, members, stands_for, rates, training), job, settings, ready, output)
+    _write_job(swept, job, settings, ready, output)
 
 
 @app.command()
@@ -260,6 +258,49 @@ def multiplier(
     _write_job(changes, job, loaded.settings_of(job), ready, output)
 
 
+@app.command()
+def clipping(
+    study: StudyFile,
+    corpus: CorpusFolder,
+    growth: GrowthOption,
+    width: WidthOption,
+    seed: SeedOption,
+    output: Output,
+    optimizer: OptimizerOption = "sgd",
+    threads: Threads = None,
+    device: Device = "auto",
+) -> None:
+    """Train a learning-rate sweep of one width under each way to clip gradients, on the same batches."""
+    import xarray as xr
+
+    from gdn_mup.progress import progress
+    from gdn_mup.study.datasets import JOB_VARIABLES
+    from gdn_mup.study.plan import ClippingCheck, Job, load_study, settings_hash
+
+    loaded = load_study(study)
+    job = Job("clipping", growth, optimizer, width, seed)  # type: ignore[arg-type]
+    check = loaded.experiment_of(job)
+    assert isinstance(check, ClippingCheck)
+    settings = loaded.settings_of(job)
+    ready = _prepare(loaded, job, corpus, threads, device)
+    rates = check.learning_rates.values
+    checkpoints = [output.with_name(f".{output.name}.{name}.checkpoint") for name in check.clippings]
+    swept: list[xr.Dataset] = []
+    with progress(_title(job), len(check.clippings)) as report:
+        for name, checkpoint in zip(check.clippings, checkpoints, strict=True):
+            training = loaded.training_of(check).model_copy(update={"clipping": name})
+            # Kept until the file is written: a killed job does not repeat the clippings that are done.
+            kept = {"checkpoint": checkpoint, "settings_hash": settings_hash(settings), "keep_checkpoint": True}
+            swept.append(_sweep(ready, job, rates, training, _part_of(report, len(swept), name), **kept))
+    dataset = xr.concat(swept, xr.Variable("clipping", list(check.clippings)))
+    dataset = dataset.assign(seconds=dataset.seconds.sum(), tokens=dataset.tokens[0])
+    _write_job(
+        dataset[list(JOB_VARIABLES["clipping"])].transpose("rules", "clipping", ...), job, settings, ready, output
+    )
+    for checkpoint in checkpoints:
+        checkpoint.unlink()
+
+
 @app.command("warm-up")
 def warm_up(
     study: Annotated[
@@ -292,7 +333,7 @@ def warm_up(
         from gdn_mup.training.sweep import scaled_model
 
         loaded = load_study(study)
-        jobs = {job[1:4]: job for job in loaded.jobs("lr_sweep")}
+        jobs = {job[1:4]: job for kind in TRAINED_BY_KERNELS for job in loaded.jobs(kind)}
         with progress(f"compiling for {study}", len(jobs)) as report:
             for done, job in enumerate(jobs.values(), start=1):
                 experiment = loaded.experiment_of(job)
@@ -308,7 +349,7 @@ def warm_up(
 @app.command()
 def collect(
     study: StudyFile,
-    kind: Annotated[str, typer.Option(help="`lr_sweep`, `coordinates` or `multiplier`.")],
+    kind: Annotated[str, typer.Option(help="`lr_sweep`, `coordinates`, `multiplier` or `clipping`.")],
     output: Output,
     jobs: Annotated[list[Path], typer.Argument(help="Job files of that kind.")],
 ) -> None:
@@ -318,7 +359,7 @@ def collect(
     from gdn_mup.study.plan import SECTIONS, load_study
 
     if kind not in SECTIONS:
-        raise UserError(f"--kind: {kind!r}: use lr_sweep, coordinates or multiplier")
+        raise UserError(f"--kind: {kind!r}: use {', '.join(SECTIONS)}")
     write(collect_jobs(jobs, kind, load_study(study)), output)  # type: ignore[arg-type]
 
 
@@ -363,7 +404,7 @@ def _prepare(study: "Study", job: "Job", corpus: Path, threads: int | None, devi
     training = study.training_of(experiment)
     scaled = scaled_model(study.model, job.width, job.growth, tokens.vocabulary_size, experiment.rules, job.optimizer)
     trainer = Trainer
-    if cuda and job.kind == "lr_sweep":  # a coordinate check measures in float32, sizes as small as a gate's gradient
+    if cuda and job.kind in TRAINED_BY_KERNELS:
         from gdn_mup.training.gpu import GpuTrainer
 
         trainer = GpuTrainer
@@ -407,6 +448,39 @@ def _use_cuda(device: str) -> bool:
             "compute capability 8.0 or more (Ampere, 2020), or --device cpu"
         )
     return suitable
+
+
+def _sweep(
+    ready: _Ready,
+    job: "Job",
+    learning_rates: tuple[float, ...],
+    training: "TrainingSettings",
+    report: "Report",
+    **options: Any,
+) -> "xr.Dataset":
+    """Train every rule set and learning rate of a job; `report` is told the share that is done, `train` the options."""
+    from functools import partial
+
+    from gdn_mup.training.sweep import distinct_members, train
+
+    members, stands_for = distinct_members(ready.scaled, learning_rates, training.clipping)
+    updates = training.steps * len(members)
+    curves = train(
+        members,
+        partial(ready.make_trainer, training=training),
+        ready.group_size(members),
+        job.width,
+        training,
+        ready.validation,
+        report=lambda done, status="": report(done / updates, status),
+        **options,
+    )
+    return _sweep_dataset(curves, members, stands_for, learning_rates, training)
+
+
+def _part_of(report: "Report", before: int, name: str) -> "Report":
+    """Reports one of several equal parts of a work, of which so many are done before."""
+    return lambda done, status="": report(before + done, f"{name}: {status}")
 
 
 def _sweep_dataset(

@@ -18,7 +18,8 @@ os.environ.update(PATH=os.pathsep.join([os.path.dirname(sys.executable), os.envi
 # Snakemake hands this on as OMP_NUM_THREADS and its kin.
 TRAINING_THREADS = 1
 
-KINDS = ("lr_sweep", "coordinates", "multiplier")  # of experiments, and of their datasets
+KINDS = ("lr_sweep", "coordinates", "multiplier", "clipping")  # of experiments, and of their datasets
+EVIDENCE = KINDS[:3]  # what the claims are judged on
 
 
 wildcard_constraints:
@@ -97,15 +98,15 @@ def get_kinds(study: Study) -> list[str]:
     return [kind for kind in KINDS if study.jobs(kind)]
 
 
-def get_datasets(wildcards) -> dict[str, str]:
-    """For `input`: every dataset of the study, by kind."""
-    kinds = get_kinds(get_study(wildcards.study))
+def get_evidence(wildcards) -> dict[str, str]:
+    """For `input`: every dataset of the study that the claims are judged on, by kind."""
+    kinds = [kind for kind in get_kinds(get_study(wildcards.study)) if kind in EVIDENCE]
     return {kind: f"results/{wildcards.study}/datasets/{kind}.nc" for kind in kinds}
 
 
 def get_verdict_parameters(wildcards, input, output) -> list[str]:
     """As `get_parameters`, with an empty path for every kind of experiment that the study does not have."""
-    missing = [f"{kind}=" for kind in KINDS if kind not in input.keys()]
+    missing = [f"{kind}=" for kind in EVIDENCE if kind not in input.keys()]
     return [*missing, *get_parameters(wildcards, input, output)]
 
 
@@ -131,11 +132,13 @@ def get_products(name: str) -> list[str]:
             figures += ["predicted_exponents", "gate_gradients"]
     if study.multiplier_checks:
         figures += ["norm_epsilon"]
+    if study.clipping_checks:
+        figures += ["clipping"]
     if study.sweeps:
         figures += [f"lr_transfer_{sweep.optimizer}" for sweep in study.sweeps]
         figures += ["optimum_vs_width", "training_curves"]
         tables += ["optima"]
-    if get_kinds(study):
+    if any(study.jobs(kind) for kind in EVIDENCE):
         tables += ["verdicts"]
     return [
         f"results/{name}/{product}"

@@ -40,6 +40,23 @@ use rule collect_lr_sweep as collect_multiplier with:
         "Dataset of every multiplier check of study {wildcards.study}"
 
 
+use rule collect_lr_sweep as collect_clipping with:
+    input:
+        jobs=get_job_files("clipping"),
+        code="src/gdn_mup/study/datasets.py",
+    output:
+        "results/{study}/datasets/clipping.nc",
+    log:
+        "results/{study}/logs/datasets/clipping.log",
+    benchmark:
+        "results/{study}/benchmarks/datasets/clipping.tsv"
+    params:
+        study="config/studies/{study}.yaml",
+        kind="clipping",
+    message:
+        "Dataset of every clipping check of study {wildcards.study}"
+
+
 use rule collect_lr_sweep as collect_coordinates with:
     input:
         jobs=get_job_files("coordinates"),

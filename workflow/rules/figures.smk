@@ -60,6 +60,34 @@ use rule figure_coordinate_check as figure_norm_epsilon with:
         "Figure of study {wildcards.study}: multiplier before the norm, and the norm's epsilon"
 
 
+use rule figure_coordinate_check as figure_clipping with:
+    input:
+        notebook="notebooks/clipping.ipynb",
+        clipping="results/{study}/datasets/clipping.nc",
+        code=[
+            "src/gdn_mup/study/figures/style.py",
+            "src/gdn_mup/study/figures/clipping.py",
+            "src/gdn_mup/study/clipping.py",
+            "src/gdn_mup/study/optimum.py",
+        ],
+    output:
+        svg=report(
+            "results/{study}/figures/clipping.svg",
+            caption="../report/clipping.rst",
+            category="Figures",
+            labels={"figure": "Gradient clipping"},
+        ),
+        png="results/{study}/figures/clipping.png",
+        csv="results/{study}/figures/clipping.csv",
+        notebook="results/{study}/notebooks/clipping.ipynb",
+    log:
+        "results/{study}/logs/figures/clipping.log",
+    benchmark:
+        "results/{study}/benchmarks/figures/clipping.tsv"
+    message:
+        "Figure of study {wildcards.study}: gradient clipping against width"
+
+
 use rule figure_coordinate_check as figure_lr_transfer with:
     input:
         notebook="notebooks/lr_transfer_{optimizer}.ipynb",

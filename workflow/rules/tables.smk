@@ -59,7 +59,7 @@ use rule table_scaling_rules as table_optima with:
 
 use rule table_scaling_rules as table_verdicts with:
     input:
-        unpack(get_datasets),
+        unpack(get_evidence),
         notebook="notebooks/verdicts.ipynb",
         code=multiext("src/gdn_mup/study/", "claims.py", "optimum.py", "exponents.py", "multiplier.py", "tables.py"),
     output:

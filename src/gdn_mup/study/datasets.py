@@ -1,4 +1,4 @@
-"""Job files become one labelled dataset per study and kind: `lr_sweep.nc`, `coordinates.nc`, `multiplier.nc`.
+"""Job files become one labelled dataset per study and kind, such as `lr_sweep.nc` and `coordinates.nc`.
 
 A job file holds the members of one (growth, optimizer, width, seed); a dataset holds every job of a study,
 with those four as dimensions. Both have the same variables, both carry units, long names and provenance.
@@ -17,9 +17,9 @@ import xarray as xr
 from gdn_mup.errors import UserError
 from gdn_mup.model.config import GrowthMode, InitName, KernelScale
 from gdn_mup.study.plan import Job, RuleSetName, Study, settings_hash
-from gdn_mup.training.config import OptimizerName
+from gdn_mup.training.config import Clipping, OptimizerName
 
-DatasetKind = Literal["lr_sweep", "coordinates", "multiplier"]
+DatasetKind = Literal["lr_sweep", "coordinates", "multiplier", "clipping"]
 
 _CONDITION = ("rules", "init", "kernel_scale", "epsilon", "step")  # of a model with and without the multiplier
 
@@ -52,12 +52,19 @@ JOB_VARIABLES: dict[DatasetKind, dict[str, tuple[str, ...]]] = {
         "gradient_change": _CONDITION,
         "class_gradient_change": (*_CONDITION, "parameter"),
     },
+    "clipping": {
+        "val_loss": ("rules", "clipping", "learning_rate", "evaluation_step"),
+        "grad_norm": ("rules", "clipping", "learning_rate", "step"),
+        "diverged": ("rules", "clipping", "learning_rate"),
+        "seconds": (),
+        "tokens": (),
+    },
 }
 
 JOB_COORDINATES = ("growth", "optimizer", "width", "seed")  # scalars in a job file, dimensions in a dataset
 
 DIMENSION_ORDER = (
-    *("growth", "optimizer", "rules", "width", "seed", "learning_rate"),
+    *("growth", "optimizer", "rules", "width", "seed", "clipping", "learning_rate"),
     *("init", "kernel_scale", "epsilon", "step", "evaluation_step"),
     *("layer", "quantity", "parameter"),
 )
@@ -67,6 +74,7 @@ NAME_ORDER: dict[str, tuple[str, ...]] = {
     "growth": get_args(GrowthMode),
     "optimizer": get_args(OptimizerName),
     "rules": get_args(RuleSetName),
+    "clipping": get_args(Clipping),
     "init": get_args(InitName),
     "kernel_scale": get_args(KernelScale),
 }
@@ -78,11 +86,12 @@ DESCRIPTIONS: dict[str, tuple[str, str]] = {
     "rules": ("rule set: how init and learning rates scale with width", "1"),
     "width": ("width of the residual stream", "1"),
     "seed": ("seed of the init and of the order of the data", "1"),
+    "clipping": ("norm by which gradients are clipped: none, the raw one, or the width-invariant one", "1"),
     "learning_rate": ("peak learning rate at the base width", "1"),
     "init": ("initial standard deviations: the study's own, or 0.02 for every matrix at every width", "1"),
     "kernel_scale": ("what multiplies q in the delta rule: 1 or K^-1/2", "1"),
     "epsilon": ("ε of every RMSNorm", "1"),
-    "step": ("updates, counted from 1 in a sweep; updates done in a check", "update"),
+    "step": ("updates, counted from 1 in a sweep; updates done in a check of sizes", "update"),
     "evaluation_step": ("updates done before the held-out evaluation", "update"),
     "layer": ("block, counted from 0; -1 outside the blocks", "1"),
     "quantity": ("activation or state", "1"),
@@ -307,6 +316,7 @@ def _attributes(datasets: Sequence[xr.Dataset], kind: str, study: Study, missing
             "lr_sweep": "Learning-rate sweeps of Gated Delta Networks over width",
             "coordinates": "Coordinate sizes of Gated Delta Networks over width",
             "multiplier": "Gated Delta Networks with and without a multiplier before the output norm",
+            "clipping": "Learning-rate sweeps of Gated Delta Networks over width, by how gradients are clipped",
         }[kind],
         "kind": kind,
         "base_width": study.model.base_width,

@@ -325,6 +325,19 @@ def transfers(dataset: xr.Dataset, optimizer: str | None = None, growth: str | N
     return found
 
 
+def transferred_rate(sweep: Transfer) -> float | None:
+    """The learning rate of the grid nearest the base width's optimum."""
+    losses = sweep.curves.get(sweep.base_width)
+    if losses is None:
+        return None
+    optimum = sweep.optima[sweep.base_width]
+    if optimum.bracketed:
+        rates = losses.columns.to_numpy(float)
+        return float(rates[np.abs(np.log2(rates) - optimum.log2_learning_rate).argmin()])
+    mean = losses.mean(axis=0, skipna=False)
+    return float(mean.idxmin()) if mean.notna().any() else None
+
+
 def signed(value: float) -> str:
     """Two decimals with a sign; a true minus, and no sign on what rounds to zero."""
     rounded = round(float(value), 2)

@@ -16,12 +16,17 @@ from gdn_mup.corpus.config import CorpusSettings
 from gdn_mup.errors import UserError
 from gdn_mup.model.config import GrowthMode, InitName, KernelScale, ModelSettings, model_shape
 from gdn_mup.settings import Settings
-from gdn_mup.training.config import OptimizerName, TrainingSettings
+from gdn_mup.training.config import Clipping, OptimizerName, TrainingSettings
 
 RuleSetName = Literal["sp", "mup", "liu_gu", "gdn_mup"]
 
 # Kinds of jobs, and the section of a study file that asks for each.
-SECTIONS = {"coordinates": "coordinate_checks", "multiplier": "multiplier_checks", "lr_sweep": "sweeps"}
+SECTIONS = {
+    "coordinates": "coordinate_checks",
+    "multiplier": "multiplier_checks",
+    "clipping": "clipping_checks",
+    "lr_sweep": "sweeps",
+}
 
 
 class LearningRateGrid(Settings):
@@ -75,6 +80,30 @@ class Sweep(Experiment):
     """A learning-rate sweep at every width."""
 
     learning_rates: LearningRateGrid
+
+
+class ClippingCheck(Sweep):
+    """A learning-rate sweep under each way to clip gradients."""
+
+    optimizer: OptimizerName = Field("sgd", description="AdamW, or SGD with Nesterov momentum.")
+    rules: tuple[RuleSetName, ...] = Field(("gdn_mup",), min_length=1, description="Rule sets, trained side by side.")
+    clippings: tuple[Clipping, ...] = Field(
+        get_args(Clipping), min_length=1, description="What `training.clipping` is, each in a training of its own."
+    )
+
+    @field_validator("clippings")
+    @classmethod
+    def _clippings_once(cls, clippings: tuple[Clipping, ...]) -> tuple[Clipping, ...]:
+        if len(set(clippings)) != len(clippings):
+            raise ValueError(f"named twice: {list(clippings)}")
+        return clippings
+
+    @field_validator("training")
+    @classmethod
+    def _no_other_clipping(cls, training: dict[str, Any]) -> dict[str, Any]:
+        if "clipping" in training:
+            raise ValueError(f"clipping {training['clipping']!r} has no effect here: name it in `clippings`")
+        return training
 
 
 class Measurement(Experiment):
@@ -151,6 +180,7 @@ class Study(Settings):
     training: TrainingSettings = TrainingSettings()
     coordinate_checks: tuple[CoordinateCheck, ...] = ()
     multiplier_checks: tuple[MultiplierCheck, ...] = ()
+    clipping_checks: tuple[ClippingCheck, ...] = ()
     sweeps: tuple[Sweep, ...] = ()
 
     @model_validator(mode="after")

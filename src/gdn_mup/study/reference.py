@@ -21,6 +21,7 @@ SECTIONS = (
         "multiplier_checks",
         "A list: models with and without a multiplier √width before the delta rule's output norm.",
     ),
+    ("clipping_checks", "A list: learning-rate sweeps under each way to clip gradients."),
 )
 
 

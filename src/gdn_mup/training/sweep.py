@@ -193,6 +193,7 @@ def train(
     *,
     checkpoint: Path | None = None,
     settings_hash: str = "",
+    keep_checkpoint: bool = False,
     checkpoint_seconds: float = 120.0,
     report: Report = silent,
     report_seconds: float = 0.25,
@@ -212,6 +213,7 @@ def train(
         validation: tokens of the held-out losses.
         checkpoint: written every `checkpoint_seconds`, and removed when training is complete.
         settings_hash: which settings the checkpoint belongs to.
+        keep_checkpoint: leave a last one instead, from which the curves come at once, for the caller to remove.
         report: called with the updates done, counted over all members, at most every `report_seconds`, since
             a GPU is waited for each time, and after the last step of a group.
 
@@ -237,6 +239,13 @@ def train(
         tensors.clear()
     began = last_saved = last_reported = time.monotonic()
     updates = 0  # since `began`, counted over members
+
+    def save(position: Position, state: Mapping[str, Tensor]) -> None:
+        assert checkpoint
+        tensors = {f"curves.{name}": curve for name, curve in curves.items()}
+        tensors |= {f"group.{name}": tensor for name, tensor in state.items()}
+        tensors["seconds"] = torch.tensor(seconds_before + time.monotonic() - began, dtype=torch.float64)
+        save_checkpoint(checkpoint, tensors, settings_hash, position)
 
     def train_group(position: Position, state: dict[str, Tensor]) -> None:
         nonlocal last_saved, last_reported, updates
@@ -270,10 +279,7 @@ def train(
             if checkpoint and now - last_saved >= checkpoint_seconds:
                 last_saved = now
                 bring_over()
-                tensors = {f"curves.{name}": curve for name, curve in curves.items()}
-                tensors |= {f"group.{name}": tensor for name, tensor in trainer.state().items()}
-                tensors["seconds"] = torch.tensor(seconds_before + now - began, dtype=torch.float64)
-                save_checkpoint(checkpoint, tensors, settings_hash, position._replace(step=step + 1))
+                save(position._replace(step=step + 1), trainer.state())
         own["val_loss"][:, -1] = held_out_losses(trainer.model, batches)
         bring_over()
 
@@ -294,7 +300,9 @@ def train(
         # What the group leaves goes back to the device before the next one asks for memory.
         gc.collect()
         torch.cuda.empty_cache()
-    if checkpoint:
+    if checkpoint and keep_checkpoint:
+        save(position, {})
+    elif checkpoint:
         checkpoint.unlink(missing_ok=True)
 
     # From its first loss that is not finite a member has no losses any more, whatever its arithmetic gives.

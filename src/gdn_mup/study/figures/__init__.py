@@ -3,6 +3,7 @@
 A title says what the data say, computed from them. `save` writes a figure as svg, png and csv.
 """
 
+from gdn_mup.study.figures.clipping import clipping_against_width
 from gdn_mup.study.figures.coordinates import coordinate_check
 from gdn_mup.study.figures.exponents import gate_gradient_exponents, predicted_exponents
 from gdn_mup.study.figures.multiplier import norm_epsilon
@@ -12,6 +13,7 @@ from gdn_mup.study.figures.transfer import lr_transfer, optimum_vs_width
 
 __all__ = [
     "Drawing",
+    "clipping_against_width",
     "coordinate_check",
     "gate_gradient_exponents",
     "lr_transfer",

@@ -20,7 +20,7 @@ from gdn_mup.study.figures.style import (
     title,
     width_colours,
 )
-from gdn_mup.study.optimum import Transfer, transfers
+from gdn_mup.study.optimum import Transfer, transferred_rate, transfers
 from gdn_mup.study.titles import GROWTH_TITLES, OPTIMIZER_TITLES, RULE_TITLES, named
 
 
@@ -45,7 +45,7 @@ def training_curves(dataset: xr.Dataset) -> Drawing:
         for j, name in enumerate(rules):
             ax = axes[i, j]
             sweep = next((s for s in sweeps if (s.growth, s.optimizer, s.rules) == (growth, optimizer, name)), None)
-            rate = _transferred_rate(sweep) if sweep else None
+            rate = transferred_rate(sweep) if sweep else None
             if sweep is None or rate is None:
                 free.append(ax.get_subplotspec())
                 ax.remove()
@@ -117,19 +117,6 @@ def _wider_finding(better: dict[tuple[str, str, str], bool]) -> str:
 def _diverges(sweep: Transfer, width: int, rate: float) -> bool:
     losses = sweep.curves[width]
     return rate in losses and bool(losses[rate].isna().any())
-
-
-def _transferred_rate(sweep: Transfer) -> float | None:
-    """The learning rate of the grid nearest the base width's optimum."""
-    losses = sweep.curves.get(sweep.base_width)
-    if losses is None:
-        return None
-    optimum = sweep.optima[sweep.base_width]
-    if optimum.bracketed:
-        rates = losses.columns.to_numpy(float)
-        return float(rates[np.abs(np.log2(rates) - optimum.log2_learning_rate).argmin()])
-    mean = losses.mean(axis=0, skipna=False)
-    return float(mean.idxmin()) if mean.notna().any() else None
 
 
 def _training_frame(dataset: xr.Dataset, sweep: Transfer, width: int, rate: float) -> pd.DataFrame:

@@ -197,7 +197,8 @@ def optimum_vs_width(dataset: xr.Dataset) -> Drawing:
                 ax.set_axis_off()
                 continue
             for k, sweep in enumerate(here):
-                _optima_of(ax, sweep, shift=0.05 * (k - (len(here) - 1) / 2))
+                look = RULE_COLOURS[sweep.rules], RULE_MARKERS[sweep.rules], f"{RULE_TITLES[sweep.rules]}:"
+                optima_against_width(ax, sweep, 0.05 * (k - (len(here) - 1) / 2), *look)
                 rows += _optimum_rows(sweep)
             power_axis(ax.yaxis)
             width_axis(ax, distinct(width for s in sweeps for width in s.widths))
@@ -219,8 +220,8 @@ def optimum_vs_width(dataset: xr.Dataset) -> Drawing:
     return Drawing(figure, pd.DataFrame(rows))
 
 
-def _optima_of(ax: Axes, sweep: Transfer, shift: float) -> None:
-    colour, marker = RULE_COLOURS[sweep.rules], RULE_MARKERS[sweep.rules]
+def optima_against_width(ax: Axes, sweep: Transfer, shift: float, colour: Any, marker: str, label: str = "") -> None:
+    """Optima with their intervals and the line of their slope, whose numbers follow the label, in log₂ units."""
     for width, optimum in sweep.optima.items():
         x = np.log2(width) + shift
         if optimum.bracketed:
@@ -231,15 +232,15 @@ def _optima_of(ax: Axes, sweep: Transfer, shift: float) -> None:
             losses = sweep.curves[width].mean(axis=0, skipna=False)
             if losses.notna().any():
                 ax.plot(x, np.log2(losses.idxmin()), marker, mfc="white", mec=colour, ms=5, zorder=3)
-    slope, label = sweep.slope, RULE_TITLES[sweep.rules]
+    slope = sweep.slope
     if slope.reason:
-        ax.plot([], [], marker, mfc="white", mec=colour, label=f"{label}: not bracketed")
+        ax.plot([], [], marker, mfc="white", mec=colour, label=f"{label} not bracketed".lstrip())
         return
     ends = np.log2([sweep.widths[0], sweep.widths[-1]])
     low, high = slope.interval
     text = f"{signed(slope.value)} [{signed(low)}, {signed(high)}]"
     ax.plot(ends + shift, slope.intercept + slope.value * ends, color=colour, lw=1)
-    ax.plot([], [], color=colour, marker=marker, mec="white", mew=0.5, ms=5, lw=1, label=f"{label}: {text}")
+    ax.plot([], [], color=colour, marker=marker, mec="white", mew=0.5, ms=5, lw=1, label=f"{label} {text}".lstrip())
 
 
 def _optimum_rows(sweep: Transfer) -> list[dict[str, Any]]:
