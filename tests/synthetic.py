@@ -8,13 +8,17 @@ import xarray as xr
 
 from gdn_mup.study import datasets
 from gdn_mup.study.datasets import DatasetKind
-from gdn_mup.study.plan import Job, MultiplierCheck, Study, settings_hash
+from gdn_mup.study.plan import ClippingCheck, Job, MultiplierCheck, Study, settings_hash
 
 BASE_WIDTH = 32
 BEST_AT_BASE = -5.3  # log₂ of the best learning rate at the base width, off the grid
 
 # Octaves per doubling of width by which the optimum moves.
 SLOPES = {"sp": -1.0, "mup": 0.0, "liu_gu": 0.0, "gdn_mup": 0.0}
+
+# Under each clipping: octaves per doubling of width by which the optimum moves, and the norm's width exponents at init
+# and late in training.
+CLIPPINGS = {"none": (0.0, 0.5, 0.5), "global_norm": (0.5, 0.5, 0.5), "width_invariant_norm": (0.0, 0.0, 0.0)}
 
 # Width exponents of the coordinate sizes.
 EXPONENTS = {"sp": 0.5, "mup": 0.0, "liu_gu": 0.0, "gdn_mup": 0.0}
@@ -47,6 +51,9 @@ def study(**changes: Any) -> Study:
         ],
         "coordinate_checks": [adamw | {"learning_rate": 0.01}],
         "multiplier_checks": [adamw | {"learning_rate": 0.01}],
+        "clipping_checks": [
+            adamw | {"optimizer": "sgd", "rules": ["gdn_mup"], "learning_rates": {"log2_first": -9, "log2_last": -1}}
+        ],
     }
     return Study.model_validate(sections | changes)
 
@@ -57,11 +64,15 @@ def job_file(
     slopes: dict[str, float] = SLOPES,
     best_at_base: float = BEST_AT_BASE,
     noise: float = 0.005,
+    clippings: dict[str, tuple[float, float, float]] = CLIPPINGS,
 ) -> xr.Dataset:
     """What a job of the study would have written."""
     random = np.random.default_rng([job.seed, job.width, len(job.optimizer)])
-    make = {"lr_sweep": _lr_sweep, "coordinates": _coordinates, "multiplier": _multiplier}[job.kind]
-    dataset = make(plan, job, random, slopes, best_at_base, noise)
+    if job.kind == "clipping":
+        dataset = _clipping(plan, job, random, clippings, best_at_base, noise)
+    else:
+        make = {"lr_sweep": _lr_sweep, "coordinates": _coordinates, "multiplier": _multiplier}[job.kind]
+        dataset = make(plan, job, random, slopes, best_at_base, noise)
     dataset = dataset.assign_coords(growth=job.growth, optimizer=job.optimizer, width=job.width, seed=job.seed)
     dataset.attrs |= {
         "settings_hash": settings_hash(plan.settings_of(job)),
@@ -198,6 +209,31 @@ def _multiplier(
         coords={**labels, "layer": layers, "parameter": parameters},
         attrs={"learning_rate": check.learning_rate},
     )
+
+
+def _clipping(
+    plan: Study,
+    job: Job,
+    random: np.random.Generator,
+    clippings: dict[str, tuple[float, float, float]],
+    best_at_base: float,
+    noise: float,
+) -> xr.Dataset:
+    """A sweep for each clipping; norms are powers of width that fall in training, to below the clipping norm."""
+    check = plan.experiment_of(job)
+    assert isinstance(check, ClippingCheck)
+    each = []
+    for clipping in check.clippings:
+        slope, first, late = clippings[clipping]
+        sweep = _lr_sweep(plan, job, random, dict.fromkeys(check.rules, slope), best_at_base, noise)
+        done = (sweep.step - 1) / (sweep.sizes["step"] - 1)
+        norm = 2 * 0.1**done * (job.width / BASE_WIDTH) ** (first + (late - first) * done)
+        drawn = xr.DataArray(np.exp(random.normal(0, 0.02, sweep.train_loss.shape)), dims=sweep.train_loss.dims)
+        each.append(sweep.assign(grad_norm=(norm * drawn).where(sweep.train_loss.notnull())))
+    dataset = xr.concat(each, xr.Variable("clipping", list(check.clippings)))
+    names = list(datasets.JOB_VARIABLES["clipping"])
+    dataset = dataset.assign(seconds=dataset.seconds.sum(), tokens=dataset.tokens[0])[names]
+    return dataset.transpose("rules", "clipping", "learning_rate", ...)
 
 
 def in_memory(plan: Study, kind: DatasetKind, **truth: Any) -> xr.Dataset:

@@ -12,6 +12,7 @@ import yaml
 from workflow_copy import ROOT
 
 from gdn_mup.study.datasets import open_dataset, open_job
+from gdn_mup.study.plan import SECTIONS
 
 STUDY = {
     "corpus": {
@@ -41,6 +42,16 @@ STUDY = {
             "seeds": [0],
             "learning_rate": 0.01,
             "steps": [0, 1],
+        }
+    ],
+    "clipping_checks": [
+        {
+            "growth": "heads",
+            "rules": ["sp", "gdn_mup"],
+            "widths": [16, 32],
+            "seeds": [0],
+            "learning_rates": {"log2_first": -2, "log2_last": 0},
+            "training": {"clip_norm": 0.5},
         }
     ],
     "sweeps": [
@@ -75,8 +86,13 @@ def made(study: Path) -> dict[str, Path]:
     folder = study.parent
     paths = {"corpus": folder / "corpus"}
     assert gdn_mup("corpus", "--study", study, "--output", paths["corpus"]).returncode == 0
-    commands = (("lr_sweep", "sweep", "adamw"), ("coordinates", "coordinates", "sgd"), ("multiplier",) * 2 + ("adamw",))
-    for kind, command, optimizer in commands:
+    commands = {
+        "lr_sweep": ("sweep", "adamw"),
+        "coordinates": ("coordinates", "sgd"),
+        "multiplier": ("multiplier", "adamw"),
+        "clipping": ("clipping", "sgd"),
+    }
+    for kind, (command, optimizer) in commands.items():
         jobs = []
         for width in (16, 32):
             jobs.append(folder / f"{kind}{width}.nc")
@@ -117,7 +133,26 @@ def test_multiplier_checks_become_a_dataset(made: dict[str, Path]) -> None:
     assert (dataset.gradient_change.sel(epsilon=1e-5) > 1e-6).all()
 
 
-@pytest.mark.parametrize("kind", ["lr_sweep", "coordinates", "multiplier"])
+def test_clipping_checks_become_a_dataset(made: dict[str, Path]) -> None:
+    dataset = open_dataset(made["clipping"], "clipping")
+    assert dataset.val_loss.dims[-3:] == ("clipping", "learning_rate", "evaluation_step")
+    none, raw, invariant = (
+        dataset.sel(clipping=name, rules="gdn_mup") for name in ("none", "global_norm", "width_invariant_norm")
+    )
+    np.testing.assert_allclose(none.grad_norm.sel(step=1), raw.grad_norm.sel(step=1), rtol=1e-6)
+    assert (none.grad_norm.sel(step=1) > 0.5).all()  # clipping acts, so that what follows is another
+    assert (none.grad_norm.sel(step=3) != raw.grad_norm.sel(step=3)).all()
+    np.testing.assert_array_equal(raw.grad_norm.sel(width=16), invariant.grad_norm.sel(width=16))
+    at_init = (
+        dataset.grad_norm.sel(width=32, step=1, clipping=name) for name in ("global_norm", "width_invariant_norm")
+    )
+    ratio = next(at_init) / next(at_init)
+    assert (ratio.sel(rules="gdn_mup") > 1.02).all()  # the readout weighs half
+    np.testing.assert_allclose(ratio.sel(rules="sp"), 1, rtol=1e-6)
+    assert (dataset.tokens == 4 * 2 * 16).all() and (dataset.seconds > 0).all()
+
+
+@pytest.mark.parametrize("kind", SECTIONS)
 def test_job_files_say_where_they_come_from(made: dict[str, Path], kind: str) -> None:
     job = open_job(made[f"{kind} job"], kind)  # type: ignore[arg-type]
     for attribute in ("commit", "settings", "settings_hash", "versions", "device", "corpus_sha256", "created"):

@@ -42,8 +42,16 @@ def multiplier() -> xr.Dataset:
 
 
 @pytest.fixture(scope="module")
-def drawings(lr_sweep: xr.Dataset, coordinates: xr.Dataset, multiplier: xr.Dataset) -> dict[str, figures.Drawing]:
+def clipping() -> xr.Dataset:
+    return in_memory(study(), "clipping")
+
+
+@pytest.fixture(scope="module")
+def drawings(
+    lr_sweep: xr.Dataset, coordinates: xr.Dataset, multiplier: xr.Dataset, clipping: xr.Dataset
+) -> dict[str, figures.Drawing]:
     return {
+        "clipping": figures.clipping_against_width(clipping),
         "coordinate_check": figures.coordinate_check(coordinates),
         "lr_transfer": figures.lr_transfer(lr_sweep, "adamw"),
         "norm_epsilon": figures.norm_epsilon(multiplier),
@@ -327,6 +335,7 @@ def test_notebook_runs_by_itself(
     lr_sweep: xr.Dataset,
     coordinates: xr.Dataset,
     multiplier: xr.Dataset,
+    clipping: xr.Dataset,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -342,10 +351,12 @@ def test_notebook_runs_by_itself(
         datasets.write(coordinates, tmp_path / "results/laptop/datasets/coordinates.nc")
     if "multiplier =" in code[0]:
         datasets.write(multiplier, tmp_path / "results/laptop/datasets/multiplier.nc")
+    if "clipping =" in code[0]:
+        datasets.write(clipping, tmp_path / "results/laptop/datasets/clipping.nc")
     names: dict[str, Any] = {}
     for cell in code:
         exec(cell, names)
-    written = {file.suffix for file in (tmp_path / "results/laptop").rglob(f"{path.stem}.*")}
+    written = {file.suffix for file in (tmp_path / "results/laptop").rglob(f"{path.stem}.*")} - {".nc"}
     assert written in ({".svg", ".png", ".csv"}, {".csv", ".md", ".tex"})
 
 

@@ -62,6 +62,14 @@ WRONG = {
     "epsilons that fall": ({"multiplier_checks": {0: {"epsilons": [1e-5, 0]}}}, "multiplier_checks[0].epsilons: eps"),
     "a negative epsilon": ({"multiplier_checks": {0: {"epsilons": [-1.0]}}}, "multiplier_checks[0].epsilons: eps"),
     "unknown init": ({"multiplier_checks": {0: {"inits": ["fla"]}}}, "multiplier_checks[0].inits[0]: 'fla'"),
+    "a clipping named twice": (
+        {"clipping_checks": {0: {"clippings": ["none"] * 2}}},
+        "clipping_checks[0].clippings: na",
+    ),
+    "clipping in two places": (
+        {"clipping_checks": {0: {"training": {"clipping": "none"}}}},
+        "clipping_checks[0].training: clipping 'none' has no effect here",
+    ),
     "a seed named twice": ({"sweeps": {0: {"seeds": [1, 1]}}}, "sweeps[0].seeds: named twice"),
 }
 

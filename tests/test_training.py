@@ -192,6 +192,21 @@ def test_a_killed_job_goes_on_and_gives_the_same_bits(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_checkpoint_that_is_kept_gives_the_curves_at_once(
+    tokens: TokenFile, validation: TokenFile, tmp_path: Path
+) -> None:
+    options = {"checkpoint": tmp_path / "job.checkpoint", "settings_hash": "abc", "keep_checkpoint": True}
+    first = run_in_groups(tokens, validation, 3, **options)
+
+    def nobody(group: Sequence[Member]) -> Trainer:
+        raise AssertionError("trains again")
+
+    again = train(MEMBERS, nobody, 3, 32, TRAINING, validation, **options)  # type: ignore[arg-type]
+    for curve in CURVES:
+        np.testing.assert_array_equal(getattr(again, curve), getattr(first, curve))
+    assert again.seconds >= first.seconds
+
+
 @pytest.mark.parametrize(("size", "resumed_size"), [(3, 3), (2, 2), (2, 1), (1, 4)])
 def test_a_job_killed_in_its_second_group_keeps_its_groups(
     tokens: TokenFile, validation: TokenFile, tmp_path: Path, size: int, resumed_size: int

@@ -16,7 +16,7 @@ from gdn_mup.study.plan import load_study
 
 STUDIES = sorted(path.stem for path in (ROOT / "config/studies").glob("*.yaml"))
 FIGURES = {
-    *("coordinate_check", "predicted_exponents", "gate_gradients", "norm_epsilon"),
+    *("coordinate_check", "predicted_exponents", "gate_gradients", "norm_epsilon", "clipping"),
     *("lr_transfer_adamw", "lr_transfer_sgd", "optimum_vs_width", "training_curves"),
 }
 TABLES = {"scaling_rules", "optima", "verdicts"}
@@ -39,6 +39,7 @@ def test_a_dry_run_plans_every_job_of_the_study(workflow: WorkflowCopy, study: s
     assert planned["lr_sweep"] == len(plan.jobs("lr_sweep"))
     assert planned["coordinate_check"] == len(plan.jobs("coordinates"))
     assert planned["multiplier"] == len(plan.jobs("multiplier"))
+    assert planned["clipping"] == len(plan.jobs("clipping"))
     assert planned["figure_lr_transfer"] == len({sweep.optimizer for sweep in plan.sweeps})
     assert sum(n for rule, n in planned.items() if rule.startswith("table_")) == len(TABLES)
 
@@ -48,17 +49,20 @@ def test_one_figure_needs_only_its_own_dataset(workflow: WorkflowCopy):
     assert set(planned) == {"corpus", "coordinate_check", "collect_coordinates", "figure_coordinate_check"}
     planned = workflow.planned("results/laptop/figures/norm_epsilon.svg")
     assert set(planned) == {"corpus", "multiplier", "collect_multiplier", "figure_norm_epsilon"}
+    planned = workflow.planned("results/laptop/figures/clipping.svg")
+    assert set(planned) == {"corpus", "clipping", "collect_clipping", "figure_clipping"}
 
 
 def test_a_study_without_sgd_asks_for_no_sgd_figure(workflow: WorkflowCopy):
     study = yaml.safe_load((workflow.folder / "config/studies/smoke.yaml").read_text())
     study["sweeps"] = [sweep for sweep in study["sweeps"] if sweep["optimizer"] == "adamw"]
-    study["coordinate_checks"] = study["multiplier_checks"] = []
+    study["coordinate_checks"] = study["multiplier_checks"] = study["clipping_checks"] = []
     (workflow.folder / "config/studies/adamw_only.yaml").write_text(yaml.safe_dump(study))
     planned = workflow.planned("--config", "study=adamw_only")
     assert planned["figure_lr_transfer"] == 1
     assert planned["coordinate_check"] == planned["figure_coordinate_check"] == 0
     assert planned["multiplier"] == planned["figure_norm_epsilon"] == 0
+    assert planned["clipping"] == planned["figure_clipping"] == 0
     assert "lr_transfer_sgd" not in workflow.snakemake("-n", "--config", "study=adamw_only").stdout
 
 

@@ -26,7 +26,7 @@ class ClippedSweeps(NamedTuple):
     """The learning-rate sweeps of one (growth, optimizer, rules), by clipping.
 
     `learning_rate` is that at which norms are compared: the lowest of those nearest the base width's optima, so that
-    it suits every clipping there. `clip_norm` is the norm above which gradients are scaled down.
+    it suits every clipping there (the lowest of all where none is known). Gradients are scaled down to `clip_norm`.
     """
 
     sweeps: dict[str, Transfer]
@@ -52,9 +52,10 @@ def clipped_sweeps(dataset: xr.Dataset) -> list[ClippedSweeps]:
                 }
                 sweeps = {name: sweep for name, sweep in each.items() if sweep}
                 rates = [rate for sweep in sweeps.values() if (rate := transferred_rate(sweep)) is not None]
-                if rates:
+                if sweeps:
+                    lowest = min(float(losses.columns[0]) for s in sweeps.values() for losses in s.curves.values())
                     training = _training(dataset, growth, optimizer)
-                    found.append(ClippedSweeps(sweeps, min(rates), float(training["clip_norm"])))
+                    found.append(ClippedSweeps(sweeps, min(rates, default=lowest), float(training["clip_norm"])))
     if not found:
         raise UserError("the dataset has no clipping check; add one under `clipping_checks` and run it")
     return found
