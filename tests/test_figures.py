@@ -21,6 +21,8 @@ from gdn_mup.scaling.growth import growth_between
 from gdn_mup.study import datasets, figures, tables
 from gdn_mup.study.figures import style
 from gdn_mup.study.files import from_root
+from gdn_mup.study.losses import losses_at
+from gdn_mup.study.optimum import signed
 from gdn_mup.study.titles import GROWTH_TITLES
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
@@ -47,15 +49,31 @@ def clipping() -> xr.Dataset:
 
 
 @pytest.fixture(scope="module")
+def both_modes() -> xr.Dataset:
+    """Sweeps under AdamW that grow by heads and by head dim, under two rule sets."""
+    grid = {"log2_first": -11, "log2_last": -2}
+    sweep = {"optimizer": "adamw", "rules": ["sp", "gdn_mup"], "seeds": [0, 1, 2], "learning_rates": grid}
+    heads = sweep | {"growth": "heads", "widths": [32, 64, 128, 256]}
+    return in_memory(study(sweeps=[heads, sweep | {"growth": "head_dim", "widths": [32, 64, 128]}]), "lr_sweep")
+
+
+@pytest.fixture(scope="module")
 def drawings(
-    lr_sweep: xr.Dataset, coordinates: xr.Dataset, multiplier: xr.Dataset, clipping: xr.Dataset
+    lr_sweep: xr.Dataset,
+    both_modes: xr.Dataset,
+    coordinates: xr.Dataset,
+    multiplier: xr.Dataset,
+    clipping: xr.Dataset,
 ) -> dict[str, figures.Drawing]:
     return {
         "clipping": figures.clipping_against_width(clipping),
         "coordinate_check": figures.coordinate_check(coordinates),
+        "growth_modes": figures.growth_modes(both_modes),
+        "loss_vs_width": figures.loss_vs_width(lr_sweep),
         "lr_transfer": figures.lr_transfer(lr_sweep, "adamw"),
         "norm_epsilon": figures.norm_epsilon(multiplier),
         "optimum_vs_width": figures.optimum_vs_width(lr_sweep),
+        "published_losses": figures.published_losses(lr_sweep),
         "training_curves": figures.training_curves(lr_sweep),
     }
 
@@ -94,7 +112,7 @@ def test_legend_lies_below_the_axis_labels(drawings: dict[str, figures.Drawing])
 def test_every_panel_shows_something(drawings: dict[str, figures.Drawing]) -> None:
     for name, drawing in drawings.items():
         for ax in drawing.figure.axes:
-            assert any(len(line.get_xdata()) > 1 for line in ax.lines), name
+            assert not ax.axison or any(len(line.get_xdata()) > 1 for line in ax.lines), name
 
 
 def test_titles_state_what_was_found(drawings: dict[str, figures.Drawing]) -> None:
@@ -159,8 +177,9 @@ def test_figures_facet_over_growth_modes(lr_sweep: xr.Dataset, coordinates: xr.D
 )
 def test_small_studies_are_drawn(lr_sweep: xr.Dataset, selection: dict[str, Any]) -> None:
     small = lr_sweep.sel(selection)
-    for drawing in (figures.lr_transfer(small, "adamw"), figures.optimum_vs_width(small)):
-        assert len(drawing.table)
+    for draw in (figures.optimum_vs_width, figures.loss_vs_width, figures.published_losses):
+        assert len(draw(small).table)
+    assert len(figures.lr_transfer(small, "adamw").table)
     assert len(tables.printed_optima(tables.optima(small)))
     assert len(tables.printed_verdicts(tables.verdicts(small)))
     if "learning_rate" not in selection:
@@ -269,6 +288,116 @@ def test_paths_start_at_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert from_root(tmp_path / "x.nc") == tmp_path / "x.nc"
 
 
+# Losses at one learning rate
+
+
+def test_the_loss_between_learning_rates_is_that_of_the_parabola() -> None:
+    rates = 2.0 ** np.array([-3.0, -2.5, -2.0, -1.5])
+    octaves = np.log2(rates)
+    curve = pd.DataFrame([3 + (octaves + 2.2) ** 2, 4 + (octaves + 2.2) ** 2], columns=rates)
+    assert losses_at(curve, -2.2).to_list() == pytest.approx([3.0, 4.0])
+    assert losses_at(curve, -2.5).to_list() == pytest.approx(curve[rates[1]].to_list())
+    assert losses_at(curve, -3.2).isna().all() and losses_at(curve, -1.2).isna().all()
+
+
+def test_a_learning_rate_beside_divergence_diverges() -> None:
+    rates = 2.0 ** np.arange(-6.0, 0.0)
+    curve = pd.DataFrame(np.tile([3.0, 2.0, 1.0, 2.0, 2.5, 3.0], (2, 1)), columns=rates)
+    curve.iloc[1, 4] = np.nan  # one seed
+    assert all(np.isinf(losses_at(curve, rate)).all() for rate in (-2.5, -2.0, -1.5))
+    assert np.isfinite(losses_at(curve, -3.0)).all() and np.isfinite(losses_at(curve, -3.5)).all()
+    assert np.isfinite(losses_at(curve, -1.0)).all()
+
+
+def test_losses_agree_with_the_table_of_optima(lr_sweep: xr.Dataset, drawings: dict[str, figures.Drawing]) -> None:
+    losses = drawings["loss_vs_width"].table.set_index(["optimizer", "rules", "width", "learning_rate"]).loss
+    table = tables.optima(lr_sweep)
+    for row in table[table.not_bracketed == ""].itertuples():
+        best = losses[row.optimizer, row.rules, row.width, "own best"]
+        transferred = losses[row.optimizer, row.rules, row.width, "transferred"]
+        assert best == pytest.approx(row.loss, abs=0.005)
+        if np.isfinite(row.transfer_regret):
+            assert transferred - best == pytest.approx(row.transfer_regret, abs=0.01)
+        elif row.transfer_regret == np.inf:
+            assert transferred == np.inf
+
+
+def test_divergence_at_the_transferred_learning_rate_is_drawn() -> None:
+    drawing = figures.loss_vs_width(in_memory(study(), "lr_sweep", slopes=SLOPES | {"sp": -0.5, "mup": -1.6}))
+    crosses = {
+        ax.get_title(loc="left"): len(line.get_xdata())
+        for ax in drawing.figure.axes
+        for line in ax.lines
+        if line.get_marker() == "x"
+    }
+    infinite = drawing.table[np.isinf(drawing.table.loss)]
+    assert set(infinite.rules) == {"mup"} and set(infinite.learning_rate) == {"transferred"}
+    assert sum(crosses.values()) == len(infinite) == 2
+    assert "μP (transformer) diverges" in title_of(drawing)
+    assert any(text.get_text() == "diverges" for legend in drawing.figure.legends for text in legend.get_texts())
+
+
+# Growth modes
+
+
+def test_growth_modes_lie_side_by_side(drawings: dict[str, figures.Drawing], both_modes: xr.Dataset) -> None:
+    drawing = drawings["growth_modes"]
+    upper = drawing.figure.axes[:2]
+    assert upper[0].get_ylim() == upper[1].get_ylim()
+    assert set(drawing.table.growth) == {"heads", "head_dim"}
+    slopes = drawing.table.groupby(["rules", "growth"]).slope.first()
+    assert f"SP {signed(slopes['sp', 'heads'])} | {signed(slopes['sp', 'head_dim'])}" in title_of(drawing)
+
+
+def test_only_rule_sets_of_both_modes_are_compared(both_modes: xr.Dataset, lr_sweep: xr.Dataset) -> None:
+    only_heads = both_modes.copy(deep=True)
+    for name in ("train_loss", "val_loss", "diverged"):
+        only_heads[name].loc[{"growth": "head_dim", "rules": "sp"}] = np.nan
+    assert set(figures.growth_modes(only_heads).table.rules) == {"gdn_mup"}
+    with pytest.raises(UserError, match="no rule set has learning-rate sweeps in both growth modes"):
+        figures.growth_modes(lr_sweep)
+
+
+def test_slopes_of_growth_modes_touch_no_data(drawings: dict[str, figures.Drawing]) -> None:
+    for ax in drawings["growth_modes"].figure.axes[:2]:
+        top = max(text.get_window_extent().y1 for text in ax.texts)
+        ends = [y for line in ax.lines for y in np.atleast_1d(line.get_ydata()).astype(float)]
+        ends += [y for bars in ax.collections for path in bars.get_paths() for y in path.vertices[:, 1]]
+        assert top <= ax.transData.transform((1.0, min(y for y in ends if np.isfinite(y))))[1]
+
+
+# The paper's losses
+
+
+def test_the_papers_losses_are_as_printed(drawings: dict[str, figures.Drawing]) -> None:
+    table = drawings["published_losses"].table
+    paper = table[table.source == "paper"].set_index(["optimizer", "rules", "width"])
+    assert len(paper) == 20
+    assert paper.loss["sgd", "mup", 768] == 3.0076 and paper.loss["adamw", "liu_gu", 1536] == 2.7449
+    assert paper.minus_sp["sgd", "liu_gu", 256] == pytest.approx(0.05)
+    assert paper.minus_base["adamw", "sp", 1024] == pytest.approx(2.8613 - 3.4525)
+    assert paper.multiple["sgd", "sp", 1024] == 4
+    assert paper[["minus_sp_low", "minus_base_high"]].isna().all(axis=None)
+    assert "SGD losses at the base width, of one model, differ by 0.09" in title_of(drawings["published_losses"])
+
+
+def test_our_differences_are_paired_by_seed(lr_sweep: xr.Dataset) -> None:
+    """What a seed adds to every loss at every rule set and width leaves differences and intervals as they are."""
+    shifted = lr_sweep.assign(val_loss=lr_sweep.val_loss + 0.3 * lr_sweep.seed)
+    before, after = (figures.published_losses(dataset).table for dataset in (lr_sweep, shifted))
+    assert (after.loss - before.loss)[after.source == "this study"].to_numpy() == pytest.approx(0.3)
+    names = ["minus_sp", "minus_sp_low", "minus_base", "minus_base_high"]
+    assert after[names].to_numpy() == pytest.approx(before[names].to_numpy(), abs=1e-3, nan_ok=True)
+
+
+def test_both_budgets_are_stated(drawings: dict[str, figures.Drawing]) -> None:
+    keys = [text.get_text() for text in texts_of(drawings["published_losses"])]
+    (paper,) = (key for key in keys if key.startswith("arXiv 2606.04048"))
+    (ours,) = (key for key in keys if key.startswith("this study"))
+    assert "9.83 B tokens" in paper and "FineWeb-Edu" in paper and "1 seed," in paper and "no intervals" in paper
+    assert "widths 32–128" in ours and "3 seeds" in ours and "Python standard library" in ours
+
+
 # Tables
 
 
@@ -333,6 +462,7 @@ def notebooks() -> list[Path]:
 def test_notebook_runs_by_itself(
     path: Path,
     lr_sweep: xr.Dataset,
+    both_modes: xr.Dataset,
     coordinates: xr.Dataset,
     multiplier: xr.Dataset,
     clipping: xr.Dataset,
@@ -346,7 +476,8 @@ def test_notebook_runs_by_itself(
     cells = json.loads(path.read_text("utf-8"))["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     if "lr_sweep =" in code[0]:
-        datasets.write(lr_sweep, tmp_path / "results/laptop/datasets/lr_sweep.nc")
+        sweeps = both_modes if path.stem == "growth_modes" else lr_sweep
+        datasets.write(sweeps, tmp_path / "results/laptop/datasets/lr_sweep.nc")
     if "coordinates =" in code[0]:
         datasets.write(coordinates, tmp_path / "results/laptop/datasets/coordinates.nc")
     if "multiplier =" in code[0]:

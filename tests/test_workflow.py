@@ -17,9 +17,16 @@ from gdn_mup.study.plan import load_study
 STUDIES = sorted(path.stem for path in (ROOT / "config/studies").glob("*.yaml"))
 FIGURES = {
     *("coordinate_check", "predicted_exponents", "gate_gradients", "norm_epsilon", "clipping"),
-    *("lr_transfer_adamw", "lr_transfer_sgd", "optimum_vs_width", "training_curves"),
+    *("lr_transfer_adamw", "lr_transfer_sgd", "optimum_vs_width", "loss_vs_width", "training_curves"),
+    *("growth_modes", "published_losses"),
 }
 TABLES = {"scaling_rules", "optima", "verdicts"}
+
+
+def figures(study: str) -> set[str]:
+    """The figures that a study asks for: one of them needs learning-rate sweeps in both growth modes."""
+    growths = {sweep.growth for sweep in load_study(ROOT / f"config/studies/{study}.yaml").sweeps}
+    return FIGURES if len(growths) > 1 else FIGURES - {"growth_modes"}
 
 
 def parameters(notebook: Path) -> dict[str, str]:
@@ -63,7 +70,19 @@ def test_a_study_without_sgd_asks_for_no_sgd_figure(workflow: WorkflowCopy):
     assert planned["coordinate_check"] == planned["figure_coordinate_check"] == 0
     assert planned["multiplier"] == planned["figure_norm_epsilon"] == 0
     assert planned["clipping"] == planned["figure_clipping"] == 0
+    assert planned["figure_growth_modes"] == 1
     assert "lr_transfer_sgd" not in workflow.snakemake("-n", "--config", "study=adamw_only").stdout
+
+
+def test_growth_modes_are_compared_where_both_were_swept(workflow: WorkflowCopy):
+    study = yaml.safe_load((workflow.folder / "config/studies/smoke.yaml").read_text())
+    study["sweeps"] = [
+        sweep for sweep in study["sweeps"] if (sweep["growth"], sweep["optimizer"]) != ("heads", "adamw")
+    ]
+    (workflow.folder / "config/studies/one_each.yaml").write_text(yaml.safe_dump(study))
+    planned = workflow.planned("--config", "study=one_each")
+    assert planned["figure_loss_vs_width"] == planned["figure_published_losses"] == 1
+    assert planned["figure_growth_modes"] == 0
 
 
 @pytest.mark.parametrize(
@@ -104,7 +123,7 @@ def test_every_rule_is_fully_dressed():
 def test_notebooks_are_given_exactly_the_parameters_that_they_name(workflow: WorkflowCopy):
     run = workflow.snakemake("-n", "--printshellcmds", "--config", "study=laptop")
     commands = re.findall(r"run_notebook\.py (notebooks/\S+) \S+ (.*?) > ", run.stdout)
-    assert {Path(notebook).stem for notebook, _ in commands} == FIGURES | TABLES
+    assert {Path(notebook).stem for notebook, _ in commands} == figures("laptop") | TABLES
     for notebook, arguments in commands:
         passed = [tuple(argument.split("=", 1)) for argument in arguments.split()]
         assert passed == list(parameters(ROOT / notebook).items()), notebook

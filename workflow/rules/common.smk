@@ -122,6 +122,12 @@ def get_transfer_labels(wildcards) -> dict[str, str]:
     return {"figure": f"Learning-rate transfer, {title}"}
 
 
+def has_both_growth_modes(study: Study) -> bool:
+    """Whether any rule set has learning-rate sweeps in both growth modes under the same optimizer."""
+    swept = [(sweep.optimizer, rules) for sweep in study.sweeps for rules in sweep.rules]
+    return len(set(swept)) < len(swept)
+
+
 def get_products(name: str) -> list[str]:
     """Every figure and table for which the study has the experiments."""
     study = get_study(name)
@@ -136,7 +142,9 @@ def get_products(name: str) -> list[str]:
         figures += ["clipping"]
     if study.sweeps:
         figures += [f"lr_transfer_{sweep.optimizer}" for sweep in study.sweeps]
-        figures += ["optimum_vs_width", "training_curves"]
+        figures += ["optimum_vs_width", "loss_vs_width", "training_curves", "published_losses"]
+        if has_both_growth_modes(study):
+            figures += ["growth_modes"]
         tables += ["optima"]
     if any(study.jobs(kind) for kind in EVIDENCE):
         tables += ["verdicts"]

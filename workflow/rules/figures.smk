@@ -142,6 +142,91 @@ use rule figure_coordinate_check as figure_optimum_vs_width with:
         "Figure of study {wildcards.study}: optimum against width"
 
 
+use rule figure_coordinate_check as figure_loss_vs_width with:
+    input:
+        notebook="notebooks/loss_vs_width.ipynb",
+        lr_sweep="results/{study}/datasets/lr_sweep.nc",
+        code=[
+            "src/gdn_mup/study/figures/style.py",
+            "src/gdn_mup/study/figures/losses.py",
+            "src/gdn_mup/study/losses.py",
+            "src/gdn_mup/study/optimum.py",
+        ],
+    output:
+        svg=report(
+            "results/{study}/figures/loss_vs_width.svg",
+            caption="../report/loss_vs_width.rst",
+            category="Figures",
+            labels={"figure": "Loss against width"},
+        ),
+        png="results/{study}/figures/loss_vs_width.png",
+        csv="results/{study}/figures/loss_vs_width.csv",
+        notebook="results/{study}/notebooks/loss_vs_width.ipynb",
+    log:
+        "results/{study}/logs/figures/loss_vs_width.log",
+    benchmark:
+        "results/{study}/benchmarks/figures/loss_vs_width.tsv"
+    message:
+        "Figure of study {wildcards.study}: loss against width"
+
+
+use rule figure_coordinate_check as figure_growth_modes with:
+    input:
+        notebook="notebooks/growth_modes.ipynb",
+        lr_sweep="results/{study}/datasets/lr_sweep.nc",
+        code=[
+            "src/gdn_mup/study/figures/style.py",
+            "src/gdn_mup/study/figures/growth.py",
+            "src/gdn_mup/study/figures/transfer.py",
+            "src/gdn_mup/study/optimum.py",
+        ],
+    output:
+        svg=report(
+            "results/{study}/figures/growth_modes.svg",
+            caption="../report/growth_modes.rst",
+            category="Figures",
+            labels={"figure": "Growth by more and by larger heads"},
+        ),
+        png="results/{study}/figures/growth_modes.png",
+        csv="results/{study}/figures/growth_modes.csv",
+        notebook="results/{study}/notebooks/growth_modes.ipynb",
+    log:
+        "results/{study}/logs/figures/growth_modes.log",
+    benchmark:
+        "results/{study}/benchmarks/figures/growth_modes.tsv"
+    message:
+        "Figure of study {wildcards.study}: growth by more heads and by larger ones"
+
+
+use rule figure_coordinate_check as figure_published_losses with:
+    input:
+        notebook="notebooks/published_losses.ipynb",
+        lr_sweep="results/{study}/datasets/lr_sweep.nc",
+        code=[
+            "src/gdn_mup/study/figures/style.py",
+            "src/gdn_mup/study/figures/published.py",
+            "src/gdn_mup/study/published.py",
+            "src/gdn_mup/study/losses.py",
+            "src/gdn_mup/study/optimum.py",
+        ],
+    output:
+        svg=report(
+            "results/{study}/figures/published_losses.svg",
+            caption="../report/published_losses.rst",
+            category="Figures",
+            labels={"figure": "The paper's losses"},
+        ),
+        png="results/{study}/figures/published_losses.png",
+        csv="results/{study}/figures/published_losses.csv",
+        notebook="results/{study}/notebooks/published_losses.ipynb",
+    log:
+        "results/{study}/logs/figures/published_losses.log",
+    benchmark:
+        "results/{study}/benchmarks/figures/published_losses.tsv"
+    message:
+        "Figure of study {wildcards.study}: the paper's losses beside ours"
+
+
 use rule figure_coordinate_check as figure_training_curves with:
     input:
         notebook="notebooks/training_curves.ipynb",

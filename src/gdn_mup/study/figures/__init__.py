@@ -6,7 +6,10 @@ A title says what the data say, computed from them. `save` writes a figure as sv
 from gdn_mup.study.figures.clipping import clipping_against_width
 from gdn_mup.study.figures.coordinates import coordinate_check
 from gdn_mup.study.figures.exponents import gate_gradient_exponents, predicted_exponents
+from gdn_mup.study.figures.growth import growth_modes
+from gdn_mup.study.figures.losses import loss_vs_width
 from gdn_mup.study.figures.multiplier import norm_epsilon
+from gdn_mup.study.figures.published import published_losses
 from gdn_mup.study.figures.style import Drawing, save
 from gdn_mup.study.figures.training import training_curves
 from gdn_mup.study.figures.transfer import lr_transfer, optimum_vs_width
@@ -16,10 +19,13 @@ __all__ = [
     "clipping_against_width",
     "coordinate_check",
     "gate_gradient_exponents",
+    "growth_modes",
+    "loss_vs_width",
     "lr_transfer",
     "norm_epsilon",
     "optimum_vs_width",
     "predicted_exponents",
+    "published_losses",
     "save",
     "training_curves",
 ]

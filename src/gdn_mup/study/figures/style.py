@@ -16,6 +16,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.gridspec import SubplotSpec
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MultipleLocator, NullLocator
 
@@ -113,7 +114,12 @@ def panel_title(ax: Axes, letter: str, text: str) -> None:
 def title(figure: Figure, text: str) -> None:
     """The finding, broken into lines that fit the figure."""
     characters = int(13.5 * figure.get_figwidth())
-    figure.suptitle("\n".join(textwrap.fill(line, characters) for line in text.splitlines()))
+    figure.suptitle("\n".join(textwrap.fill(line, characters, break_on_hyphens=False) for line in text.splitlines()))
+
+
+def unbroken(text: str) -> str:
+    """The text with spaces at which no title is broken into lines."""
+    return text.replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def power_text(rate: float) -> str:
@@ -134,13 +140,26 @@ def width_axis(ax: Axes, widths: Sequence[int]) -> None:
     ax.xaxis.set_minor_locator(NullLocator())
 
 
+def legend_beside(figure: Figure, handles: Sequence[Line2D], free: Sequence[SubplotSpec], title: str = "") -> None:
+    """A column of keys in the place of the first panel that is not needed; a line of them below if every panel is."""
+    if not free:
+        legend(figure, handles, title)
+        return
+    ax = figure.add_subplot(free[0])
+    ax.set_axis_off()
+    keys = ax.legend(handles=handles, title=title or None, loc="center left", alignment="left", title_fontsize=7)
+    keys.set_in_layout(False)  # it may be wider than a panel: beside it there is none
+
+
 def legend(figure: Figure, handles: Sequence[Line2D], title: str = "") -> None:
-    """One line of keys below the panels, its title at the left."""
-    heading = [Line2D([], [], ls="none", label=title)] if title else []
+    """Keys below the panels, the title at their left, in as many lines as they need."""
+    keys = [*([Line2D([], [], ls="none", label=title)] if title else []), *handles]
+    characters = sum(len(str(key.get_label())) + 5 for key in keys)
+    columns = -(-len(keys) // -(-characters // int(18 * figure.get_figwidth())))
     figure.legend(
-        handles=[*heading, *handles],
+        handles=[key for i in range(columns) for key in keys[i::columns]],  # matplotlib fills column after column
         loc="outside lower center",
-        ncols=len(handles) + 1,
+        ncols=columns,
         columnspacing=1.1,
         handlelength=1.5,
         handletextpad=0.5,

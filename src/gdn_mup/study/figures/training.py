@@ -12,7 +12,7 @@ from gdn_mup.study.figures.style import (
     FULL_WIDTH,
     Drawing,
     distinct,
-    legend,
+    legend_beside,
     letters,
     panel_title,
     power_text,
@@ -33,23 +33,24 @@ def training_curves(dataset: xr.Dataset) -> Drawing:
     them as they are. Rule sets whose base optimum is not bracketed use the best of the grid there.
     """
     sweeps = transfers(dataset)
-    rows, rules = distinct((s.growth, s.optimizer) for s in sweeps), distinct(s.rules for s in sweeps)
+    rows = {
+        key: [s for name in RULE_TITLES for s in sweeps if (s.growth, s.optimizer, s.rules) == (*key, name)]
+        for key in distinct((s.growth, s.optimizer) for s in sweeps)
+    }
+    columns = max(map(len, rows.values()))
     colours = width_colours(width for s in sweeps for width in s.widths)
     figure, axes = plt.subplots(
-        len(rows), len(rules), figsize=(FULL_WIDTH, 0.75 + 1.65 * len(rows)), sharex="row", sharey="row", squeeze=False
+        len(rows), columns, figsize=(FULL_WIDTH, 0.75 + 1.65 * len(rows)), sharex="row", sharey="row", squeeze=False
     )
     window = max(1, dataset.sizes["step"] // 25)
     letter, frames, wider_is_better, free, crosses = letters(), [], {}, [], False
-    for i, (growth, optimizer) in enumerate(rows):
+    for i, ((growth, optimizer), here) in enumerate(rows.items()):
         ceiling, floor = -np.inf, np.inf
-        for j, name in enumerate(rules):
-            ax = axes[i, j]
-            sweep = next((s for s in sweeps if (s.growth, s.optimizer, s.rules) == (growth, optimizer, name)), None)
-            rate = transferred_rate(sweep) if sweep else None
-            if sweep is None or rate is None:
-                free.append(ax.get_subplotspec())
-                ax.remove()
-                continue
+        rates = [(sweep, rate) for sweep in here if (rate := transferred_rate(sweep)) is not None]
+        for ax in axes[i, len(rates) :]:
+            free.append(ax.get_subplotspec())
+            ax.remove()
+        for ax, (sweep, rate) in zip(axes[i], rates, strict=False):
             final = []
             for width in sweep.widths:
                 frame = _training_frame(dataset, sweep, width, rate)
@@ -68,8 +69,8 @@ def training_curves(dataset: xr.Dataset) -> Drawing:
                 losses = sweep.curves[width]
                 final.append(losses[rate].mean(skipna=False) if rate in losses else np.nan)
             if len(final) > 1:
-                wider_is_better[optimizer, name, growth] = bool(np.all(np.diff(final) < 0))
-            panel_title(ax, next(letter), f"{RULE_TITLES[name]}\nη = {power_text(rate)}")
+                wider_is_better[optimizer, sweep.rules, growth] = bool(np.all(np.diff(final) < 0))
+            panel_title(ax, next(letter), f"{RULE_TITLES[sweep.rules]}\nlearning rate {power_text(rate)}")
         if np.isfinite(ceiling):
             axes[i, 0].set_ylim(floor - 0.04 * (ceiling - floor), ceiling + 0.05 * (ceiling - floor))
         label = OPTIMIZER_TITLES[optimizer]
@@ -79,17 +80,12 @@ def training_curves(dataset: xr.Dataset) -> Drawing:
     title(figure, _wider_finding(wider_is_better))
     handles = [Line2D([], [], color=colours[w], label=f"{w}") for w in colours]
     handles += [
-        Line2D([], [], color="0.3", label="training (band: seeds)"),
+        Line2D([], [], color="0.3", label=f"training, means over {window} steps (band: seeds)"),
         Line2D([], [], color="0.3", marker="o", ls="none", mec="white", mew=0.4, label="held out"),
     ]
     if crosses:
         handles.append(Line2D([], [], color="0.3", marker="x", ls="none", mew=1.2, ms=5, label="a seed diverged"))
-    if free:
-        ax = figure.add_subplot(free[0])
-        ax.set_axis_off()
-        ax.legend(handles=handles, title="width", loc="center left", alignment="left", title_fontsize=7)
-    else:
-        legend(figure, handles, "width")
+    legend_beside(figure, handles, free, "width")
     return Drawing(figure, pd.concat(frames, ignore_index=True))
 
 

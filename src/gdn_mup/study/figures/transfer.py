@@ -29,6 +29,8 @@ from gdn_mup.study.figures.style import (
 from gdn_mup.study.optimum import Optimum, Transfer, signed, transfers
 from gdn_mup.study.titles import GROWTH_TITLES, OPTIMIZER_TITLES, RULE_TITLES, named
 
+_BASE_LINE: dict[str, Any] = {"color": "0.6", "lw": 0.7, "ls": (0, (4, 2))}  # marks the base width's optimum
+
 
 @styled
 def lr_transfer(dataset: xr.Dataset, optimizer: str) -> Drawing:
@@ -60,19 +62,23 @@ def lr_transfer(dataset: xr.Dataset, optimizer: str) -> Drawing:
                 continue
             _loss_curves(ax, here[name], colours, ceiling)
             ax.set_ylim(floor, ceiling)
-            panel_title(ax, next(letter), f"{RULE_TITLES[name]}\n{_slope_label(here[name])}")
+            panel_title(ax, next(letter), f"{RULE_TITLES[name]}\n{slope_text(here[name])}")
             power_axis(ax.xaxis)
         axes[i, 0].set_ylabel(
             "held-out loss (nats/token)" + (f"\ngrowth by {GROWTH_TITLES[growth]}" if len(growths) > 1 else "")
         )
     for ax in axes[-1]:
         ax.set_xlabel("learning rate\nat the base width")
-    title(figure, f"{OPTIMIZER_TITLES[optimizer]}: {_transfer_finding(sweeps)}")
+    growing = f", growth by {GROWTH_TITLES[growths[0]]}" if len(growths) == 1 else ""
+    title(figure, f"{OPTIMIZER_TITLES[optimizer]}{growing}: {_transfer_finding(sweeps)}")
     handles = [Line2D([], [], color=colours[w], label=f"{w}") for w in colours]
     handles += [
         Line2D([], [], color="0.3", marker="o", mec="white", mew=0.5, ms=5, label="optimum, 95 % interval"),
-        Line2D([], [], color="0.3", marker="x", ls="none", label="a seed diverged"),
+        Line2D([], [], **_BASE_LINE, label="optimum at the base width"),
+        Line2D([], [], color="0.3", marker=".", ms=3, alpha=0.5, mew=0, ls="none", label="seed"),
     ]
+    if any(losses.isna().any(axis=None) for s in sweeps for losses in s.curves.values()):
+        handles.append(Line2D([], [], color="0.3", marker="x", ls="none", label="a seed diverged"))
     legend(figure, handles, "width")
     return Drawing(figure, _member_table(sweeps))
 
@@ -93,7 +99,7 @@ def _loss_curves(ax: Axes, sweep: Transfer, colours: dict[int, str], ceiling: fl
             _interval_bar(ax, optimum, colour)
     base = sweep.optima.get(sweep.base_width)
     if base is not None and base.bracketed:
-        ax.axvline(base.log2_learning_rate, color="0.6", lw=0.7, ls=(0, (4, 2)), zorder=0)
+        ax.axvline(base.log2_learning_rate, **_BASE_LINE, zorder=0)
 
 
 def _interval_bar(ax: Axes, optimum: Optimum, colour: str) -> None:
@@ -127,23 +133,20 @@ def _loss_range(sweeps: Iterable[Transfer], octaves: float = 3.0) -> tuple[float
 
 
 def _transfer_finding(sweeps: Sequence[Transfer]) -> str:
-    """What the slopes say, as one line."""
-    several = len({s.growth for s in sweeps}) > 1
-    parts = []
-    for name in distinct(s.rules for s in sweeps):
-        slopes = [s for s in sweeps if s.rules == name and not s.slope.reason]
-        if slopes:
-            values = ", ".join(
-                signed(s.slope.value) + (f" ({GROWTH_TITLES[s.growth]})" if several else "") for s in slopes
-            )
-            parts.append(f"{RULE_TITLES[name]} {values}")
-    if not parts:
+    """What the slopes say, a line per growth mode."""
+    known = [s for s in sweeps if not s.slope.reason]
+    if not known:
         return "the optimum is bracketed at too few widths to say how it moves"
-    joined = "; ".join(parts) if several else ", ".join(parts)
-    return f"octaves by which the optimum moves when width doubles\n{joined}"
+    growths = distinct(s.growth for s in known)
+    lines = ["octaves by which the optimum moves when width doubles"]
+    for growth in growths:
+        slopes = ", ".join(f"{RULE_TITLES[s.rules]} {signed(s.slope.value)}" for s in known if s.growth == growth)
+        lines.append(f"{GROWTH_TITLES[growth]}: {slopes}" if len(growths) > 1 else slopes)
+    return "\n".join(lines)
 
 
-def _slope_label(sweep: Transfer) -> str:
+def slope_text(sweep: Transfer) -> str:
+    """The slope and its interval, in octaves per doubling of width."""
     if sweep.slope.reason:
         return "optimum not bracketed"
     low, high = sweep.slope.interval
@@ -186,9 +189,9 @@ def optimum_vs_width(dataset: xr.Dataset) -> Drawing:
     sweeps = transfers(dataset)
     growths, optimizers = distinct(s.growth for s in sweeps), distinct(s.optimizer for s in sweeps)
     size = (FULL_WIDTH if len(optimizers) > 1 else COLUMN_WIDTH, 0.55 + 2.5 * len(growths))
-    figure, axes = plt.subplots(len(growths), len(optimizers), figsize=size, sharex=True, squeeze=False, sharey=False)
+    figure, axes = plt.subplots(len(growths), len(optimizers), figsize=size, squeeze=False)
     letter = letters()
-    rows = []
+    rows, shares = [], dict[Axes, float]()
     for i, growth in enumerate(growths):
         for j, optimizer in enumerate(optimizers):
             ax = axes[i, j]
@@ -199,25 +202,37 @@ def optimum_vs_width(dataset: xr.Dataset) -> Drawing:
             for k, sweep in enumerate(here):
                 look = RULE_COLOURS[sweep.rules], RULE_MARKERS[sweep.rules], f"{RULE_TITLES[sweep.rules]}:"
                 optima_against_width(ax, sweep, 0.05 * (k - (len(here) - 1) / 2), *look)
-                rows += _optimum_rows(sweep)
-            power_axis(ax.yaxis)
-            width_axis(ax, distinct(width for s in sweeps for width in s.widths))
+                rows += optimum_rows(sweep)
+            width_axis(ax, distinct(width for s in here for width in s.widths))
             growing = f", growth by {GROWTH_TITLES[growth]}" if len(growths) > 1 else ""
             panel_title(ax, next(letter), OPTIMIZER_TITLES[optimizer] + growing)
+            ax.legend(
+                loc="lower left", title="octaves per doubling [95 % interval]", alignment="left", title_fontsize=7
+            )
             # Below the data, so that no line or bar runs through it: a share of the axis for its title and rows.
-            low, high = ax.get_ylim()
-            ax.set_ylim(high - (high - low) / (1 - 0.085 * (len(here) + 1) - 0.04), high)
-            ax.legend(loc="lower left", title="octaves per doubling", alignment="left", title_fontsize=7)
+            shares[ax] = 0.085 * (len(here) + 1) + 0.04
         axes[i, 0].set_ylabel("best learning rate\n(at the base width)")
     for ax in axes[-1]:
         ax.set_xlabel("width")
+    _same_octaves(shares)
+    handles = [Line2D([], [], color="0.3", marker="|", ls="none", ms=9, label="95 % interval of an optimum")]
     if any(not optimum.bracketed for s in sweeps for optimum in s.optima.values()):
-        hollow = Line2D(
-            [], [], color="0.3", marker="o", mfc="white", ls="none", label="best of the grid, not bracketed"
+        handles.append(
+            Line2D([], [], color="0.3", marker="o", mfc="white", ls="none", label="best of the grid, not bracketed")
         )
-        figure.legend(handles=[hollow], loc="outside lower center")
+    legend(figure, handles)
     title(figure, _stays_finding(sweeps))
     return Drawing(figure, pd.DataFrame(rows))
+
+
+def _same_octaves(shares: dict[Axes, float]) -> None:
+    """Panels of equally many octaves, so that slopes can be compared, with a share of each free below its data."""
+    limits = {ax: ax.get_ylim() for ax in shares}
+    octaves = max((high - low) / (1 - shares[ax]) for ax, (low, high) in limits.items())
+    for ax, (low, high) in limits.items():
+        spare = octaves - (high - low) / (1 - shares[ax])
+        ax.set_ylim(high + spare / 2 - octaves, high + spare / 2)
+        power_axis(ax.yaxis)
 
 
 def optima_against_width(ax: Axes, sweep: Transfer, shift: float, colour: Any, marker: str, label: str = "") -> None:
@@ -236,14 +251,15 @@ def optima_against_width(ax: Axes, sweep: Transfer, shift: float, colour: Any, m
     if slope.reason:
         ax.plot([], [], marker, mfc="white", mec=colour, label=f"{label} not bracketed".lstrip())
         return
-    ends = np.log2([sweep.widths[0], sweep.widths[-1]])
+    ends = np.log2([slope.widths[0], slope.widths[-1]])
     low, high = slope.interval
     text = f"{signed(slope.value)} [{signed(low)}, {signed(high)}]"
     ax.plot(ends + shift, slope.intercept + slope.value * ends, color=colour, lw=1)
     ax.plot([], [], color=colour, marker=marker, mec="white", mew=0.5, ms=5, lw=1, label=f"{label} {text}".lstrip())
 
 
-def _optimum_rows(sweep: Transfer) -> list[dict[str, Any]]:
+def optimum_rows(sweep: Transfer) -> list[dict[str, Any]]:
+    """One row per optimum, with the slope that they give."""
     return [
         {
             "growth": sweep.growth,
@@ -266,7 +282,6 @@ def _stays_finding(sweeps: Sequence[Transfer]) -> str:
     known = [s for s in sweeps if not s.slope.reason]
     if not known:
         return "The optimum is bracketed at too few widths to say how it moves"
-
     moving = named((s.optimizer, s.rules) for s in known if 0.0 not in s.slope.interval)
     staying = named((s.optimizer, s.rules) for s in known if 0.0 in s.slope.interval)
     lines = [f"The optimum moves with width: {moving}."] if moving else []

@@ -1,0 +1,79 @@
+"""Held-out losses at one learning rate: at the one that the base width hands on, and at each width's own best."""
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from gdn_mup.study.multiplier import over_seeds
+from gdn_mup.study.optimum import Transfer, transfers
+
+TRANSFERRED, OWN_BEST = "transferred", "own best"
+
+
+def best_rate(sweep: Transfer, width: int) -> float:
+    """log₂ of the best learning rate of a width: its optimum, or the best of a grid that does not bracket it.
+
+    NaN if the width was not run, or if every learning rate diverges.
+    """
+    if width not in sweep.curves:
+        return np.nan
+    optimum = sweep.optima[width]
+    if optimum.bracketed:
+        return optimum.log2_learning_rate
+    mean = sweep.curves[width].mean(axis=0, skipna=False)
+    return float(np.log2(mean.idxmin())) if mean.notna().any() else np.nan
+
+
+def losses_at(curve: pd.DataFrame, log2_rate: float) -> pd.Series:
+    """Each seed's loss at a learning rate, by the parabola through the three learning rates nearest to it.
+
+    curve: rows are seeds, columns learning rates, NaN where diverged. All infinite if training diverges for any seed
+    at that learning rate, or at the next one of the grid on either side; all NaN beyond the ends of the grid.
+    """
+    grid = np.log2(curve.columns.to_numpy(np.float64))
+    finite = curve.notna().all().to_numpy()
+    everywhere = pd.Series(np.nan, index=curve.index)
+    after = int(np.searchsorted(grid, log2_rate - 1e-6))
+    if np.isnan(log2_rate) or after == len(grid) or log2_rate < grid[0] - 1e-6:
+        return everywhere
+    on_grid = abs(grid[after] - log2_rate) <= 1e-6
+    beside = [after] if on_grid else [after - 1, after]
+    if not finite[beside].all():
+        return everywhere.fillna(np.inf)
+    # Only learning rates with no divergence between them and this one.
+    run = np.flatnonzero(np.cumsum(~finite) == np.cumsum(~finite)[after])
+    run = run[finite[run]]
+    nearest = run[np.argsort(np.abs(grid[run] - log2_rate), kind="stable")[:3]]
+    coefficients = np.polyfit(grid[nearest] - log2_rate, curve.to_numpy(np.float64)[:, nearest].T, len(nearest) - 1)
+    return pd.Series(coefficients[-1], index=curve.index)
+
+
+def loss_table(dataset: xr.Dataset) -> pd.DataFrame:
+    """Losses of every sweep and width at the learning rate transferred from the base width and at the width's own best.
+
+    `loss` is the mean over seeds with its 95 % interval (Student's, the learning rate taken as known), infinite where
+    training diverges. `bracketed`: whether the learning rate is an optimum or only the best of the grid.
+    """
+    rows = []
+    for sweep in transfers(dataset):
+        for width, curve in sweep.curves.items():
+            for name, of in ((TRANSFERRED, sweep.base_width), (OWN_BEST, width)):
+                rate = best_rate(sweep, of)
+                losses = losses_at(curve, rate).to_numpy()
+                value, low, high = over_seeds(losses) if np.isfinite(losses).all() else (losses[0], np.nan, np.nan)
+                rows.append(
+                    {
+                        "growth": sweep.growth,
+                        "optimizer": sweep.optimizer,
+                        "rules": sweep.rules,
+                        "width": width,
+                        "learning_rate": name,
+                        "log2_learning_rate": rate,
+                        "bracketed": of in sweep.optima and sweep.optima[of].bracketed,
+                        "loss": value,
+                        "low": low,
+                        "high": high,
+                        "seeds": len(losses),
+                    }
+                )
+    return pd.DataFrame(rows)
