@@ -135,6 +135,15 @@ def test_notebooks_are_kept_without_outputs():
         assert cells and not any(cell.outputs or cell.execution_count for cell in cells), path.name
 
 
+def test_intervals_stay_on_one_line_in_a_table_page(tmp_path: Path):
+    (tmp_path / "table.md").write_text("| slope | why |\n|---|---|\n| −0.87 [−1.01, −0.73] | it falls <b> |\n", "utf-8")
+    script = ROOT / "workflow/scripts/table_page.py"
+    subprocess.run([sys.executable, script, tmp_path / "table.md", tmp_path / "table.html"], check=True)
+    page = (tmp_path / "table.html").read_text("utf-8")
+    assert "−0.87\N{NO-BREAK SPACE}[−1.01,\N{NO-BREAK SPACE}−0.73]" in page
+    assert "it falls &lt;b&gt;" in page
+
+
 def test_a_notebook_that_fails_fails_its_job(workflow: WorkflowCopy):
     broken = nbformat.v4.new_notebook(
         cells=[

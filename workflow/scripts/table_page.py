@@ -1,5 +1,6 @@
 """Show a Markdown table as a page of its own, for the report: `python table_page.py TABLE.md PAGE.html`."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -10,20 +11,25 @@ PAGE = """<!doctype html>
 <meta charset="utf-8">
 <title>{title}</title>
 <style>
-  body {{ font: 15px/1.5 sans-serif; margin: 2em; color: #222; background: #fff; }}
+  body {{ font: 14px/1.5 sans-serif; margin: 1.5em; color: #222; background: #fff; }}
   table {{ border-collapse: collapse; border-top: 2px solid; border-bottom: 2px solid; }}
   thead {{ border-bottom: 1px solid; }}
-  th, td {{ padding: 0.3em 1em; text-align: left; vertical-align: top; }}
+  th, td {{ padding: 0.3em 0.6em; text-align: left; vertical-align: top; }}
   tbody tr:nth-child(even) {{ background: #f4f4f4; }}
 </style>
 {body}
 </html>
 """
 
+INTERVAL = re.compile(r"\S+ \[[^\]|]*\]")  # a number and the ends of its interval: +0.17 [−0.07, +0.40]
+
 
 def main(markdown: str, page: str) -> None:
-    """Write `page` from the file `markdown`; HTML in the Markdown is shown as text."""
-    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(Path(markdown).read_text("utf-8"))
+    """Write `page` from the file `markdown`; HTML in the Markdown is shown as text, intervals stay on one line."""
+    text = re.sub(
+        INTERVAL, lambda found: found[0].replace(" ", "\N{NO-BREAK SPACE}"), Path(markdown).read_text("utf-8")
+    )
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
     Path(page).write_text(PAGE.format(title=Path(markdown).stem, body=body), "utf-8")
 
 

@@ -92,19 +92,19 @@ def _budgets(ax: Axes, dataset: xr.Dataset, paper: pd.DataFrame, ours: pd.DataFr
     """One line of keys per source and budget."""
     dark: dict[str, Any] = {"color": "0.3", "marker": "o", "ms": 4.5, "lw": 1.1}
     hollow = dark | {"mfc": "white", "ls": _DASHED}
-    theirs = f"{SOURCE}: {_budget(PAPER_SETTING, paper.width)}, {GROWTH_TITLES[PAPER_SETTING.growth]}, no intervals"
+    theirs = f"{SOURCE}: {_budget(PAPER_SETTING, paper.width)}, {GROWTH_TITLES[PAPER_SETTING.growth]}"
     budgets = distinct(
         _budget(study_setting(dataset, growth, optimizer), ours.width)
         for growth, optimizer in distinct(zip(ours.growth, ours.optimizer, strict=True))
     )
     handles = [Line2D([], [], label=theirs, **hollow)]
-    handles += [Line2D([], [], label=f"this study: {budget}, 95 % intervals", **dark) for budget in budgets]
+    handles += [Line2D([], [], label=f"this study: {budget}", **dark) for budget in budgets]
     ax.set_axis_off()
     ax.legend(handles=handles, loc="center", borderpad=0)
 
 
 def _budget(setting: Setting, widths: pd.Series) -> str:
-    seeds = f"{setting.seeds} seed{'s' * (setting.seeds > 1)}"
+    seeds = f"{setting.seeds} seeds, 95 % intervals" if setting.seeds > 1 else "1 seed, no intervals"
     tokens = f"{_count(setting.tokens)} tokens"
     return f"{setting.corpus}, {tokens}, widths {widths.min()}–{widths.max()}, {setting.layers} layers, {seeds}"
 
