@@ -283,22 +283,44 @@ def test_a_member_that_does_not_fit_says_what_to_do(tokens: TokenFile, validatio
     assert device.tried == [4, 2, 1]
 
 
-@pytest.mark.parametrize("damage", ["other settings", "truncated"])
-def test_a_checkpoint_that_does_not_fit_is_refused_and_kept(
-    tokens: TokenFile, validation: TokenFile, tmp_path: Path, damage: str
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        ("other settings", "of other settings (hash abc, this job's is def)"),
+        ("truncated", "Error while deserializing"),
+        ("tampered", "changed since it was written"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_set_aside(
+    tokens: TokenFile,
+    validation: TokenFile,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    damage: str,
+    says: str,
 ) -> None:
-    options = checkpointed(tmp_path)
+    """It is neither loaded nor deleted, and the job starts afresh; twice, so that nothing set aside is overwritten."""
+    undisturbed = run(make_trainer(MEMBERS, tokens), validation)
     checkpoint = tmp_path / "job.checkpoint"
-    with pytest.raises(Killed):
-        run(make_trainer(MEMBERS, tokens), validation, **options, report=kill_at(12))
-    if damage == "truncated":
-        checkpoint.write_bytes(checkpoint.read_bytes()[:100])
-    else:
-        options["settings_hash"] = "def"
-    kept = checkpoint.read_bytes()
-    with pytest.raises(UserError, match=r"job\.checkpoint.*delete it to start afresh"):
-        run(make_trainer(MEMBERS, tokens), validation, **options)
-    assert checkpoint.read_bytes() == kept
+    for aside in ("job.checkpoint.refused", "job.checkpoint.refused2"):
+        options = checkpointed(tmp_path)
+        with pytest.raises(Killed):
+            run(make_trainer(MEMBERS, tokens), validation, **options, report=kill_at(12))
+        content = bytearray(checkpoint.read_bytes())
+        if damage == "truncated":
+            content = content[:100]
+        elif damage == "tampered":
+            content[-100] ^= 1
+        else:
+            options["settings_hash"] = "def"
+        checkpoint.write_bytes(content)
+        caplog.clear()
+        finished = run(make_trainer(MEMBERS, tokens), validation, **options)
+        (message,) = caplog.messages
+        assert says in message and f"set aside as {aside}" in message
+        assert (tmp_path / aside).read_bytes() == content
+        np.testing.assert_array_equal(finished.train_loss, undisturbed.train_loss)
+        assert not checkpoint.exists()
 
 
 def test_members_are_clipped_by_their_own_norm() -> None:

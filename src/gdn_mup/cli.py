@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from gdn_mup import __version__
-from gdn_mup.errors import UserError
+from gdn_mup.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, Interrupted, UserError
 
 if TYPE_CHECKING:  # torch and xarray take seconds to import: only the commands that train pay for them
     import xarray as xr
@@ -49,13 +49,16 @@ Device = Annotated[str, typer.Option(help="`cpu`, `cuda`, or `auto`: an NVIDIA G
 
 
 def main() -> None:
-    """Run the command line. Bad input is one line on standard error and exit code 2."""
+    """Run the command line. Bad input is one line on standard error and exit code 2; an interrupted job's is 75."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         app()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(EXIT_BAD_INPUT) from None
+    except Interrupted as end:
+        print(end, file=sys.stderr)
+        raise SystemExit(EXIT_INTERRUPTED) from None
 
 
 @app.callback(invoke_without_command=True)
@@ -151,6 +154,9 @@ def sweep(
         Path | None,
         typer.Option(help="Where a killed job leaves off and goes on; beside the output by default."),
     ] = None,
+    checkpoint_seconds: Annotated[
+        float, typer.Option(min=0, help="Seconds between checkpoints: what a job that is killed loses at most.")
+    ] = 120.0,
     threads: Threads = None,
     device: Device = "auto",
 ) -> None:
@@ -173,6 +179,7 @@ def sweep(
             report,
             checkpoint=checkpoint or output.with_name(f".{output.name}.checkpoint"),
             settings_hash=settings_hash(settings),
+            checkpoint_seconds=checkpoint_seconds,
         )
     _write_job(swept, job, settings, ready, output)
 

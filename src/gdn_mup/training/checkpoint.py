@@ -1,18 +1,23 @@
 """A job's state on disk while it runs, so that a killed job goes on where it was.
 
-One safetensors file, replaced atomically, keyed by the hash of the job's settings. Nothing is unpickled.
+One safetensors file, replaced atomically, keyed by the hash of the job's settings, with a digest of its own content.
+Nothing is unpickled.
 """
 
+import hashlib
+import itertools
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gdn_mup.errors import UserError
+log = logging.getLogger(__name__)
 
 
 class Position(NamedTuple):
@@ -27,18 +32,21 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], settings_hash: st
     """Replace the checkpoint at `path`; a reader sees the old one or the new one, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    metadata = {"settings_hash": settings_hash, **{name: str(n) for name, n in position._asdict().items()}}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {"settings_hash": settings_hash, "digest": _digest(tensors)}
+    metadata |= {name: str(number) for name, number in position._asdict().items()}
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        save_file(tensors, temporary, metadata)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: Path, settings_hash: str) -> tuple[dict[str, Tensor], Position] | None:
-    """Tensors and the position they were saved at, or None if there is no checkpoint.
+    """Tensors and the position they were saved at, or None if there is no checkpoint that fits.
 
-    Raises UserError if the file is not a checkpoint or belongs to other settings; it is left as it is.
+    One of other settings, truncated, or changed since it was written is set aside under another name, with a
+    warning that says so: it is neither loaded nor deleted, and the job starts afresh.
     """
     if not path.exists():
         return None
@@ -47,13 +55,28 @@ def load_checkpoint(path: Path, settings_hash: str) -> tuple[dict[str, Tensor], 
             metadata = file.metadata() or {}
             found = metadata.get("settings_hash")
             if found != settings_hash:
-                raise UserError(
-                    f"{path}: checkpoint of other settings (hash {found}, this job's is {settings_hash}); "
-                    "move it away or delete it to start afresh"
-                )
+                raise ValueError(f"of other settings (hash {found}, this job's is {settings_hash})")
             position = Position(*(int(metadata[name]) for name in Position._fields))
-            return {name: file.get_tensor(name) for name in file.keys()}, position  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if _digest(tensors) != metadata["digest"]:
+            raise ValueError("changed since it was written")
     except (SafetensorError, KeyError, ValueError) as error:
-        raise UserError(
-            f"{path}: not a readable checkpoint ({error}); move it away or delete it to start afresh"
-        ) from None
+        log.warning("%s: checkpoint refused: %s; set aside as %s; starting afresh", path, error, _set_aside(path).name)
+        return None
+    return tensors, position
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """Of names and bytes, in the order of the names."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _set_aside(path: Path) -> Path:
+    """Rename to the first free of `<name>.refused`, `<name>.refused2`, …"""
+    names = itertools.chain([f"{path.name}.refused"], (f"{path.name}.refused{n}" for n in itertools.count(2)))
+    aside = next(candidate for name in names if not (candidate := path.with_name(name)).exists())
+    return path.rename(aside)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gdn_mup.corpus.tokens import TokenFile
-from gdn_mup.errors import UserError
+from gdn_mup.errors import Interrupted, UserError
 from gdn_mup.measurement.evaluation import held_out_losses
 from gdn_mup.model.config import GrowthMode, ModelSettings, ModelShape, model_shape
 from gdn_mup.model.language_model import LanguageModel, initialize, parameter_table
@@ -26,6 +26,7 @@ from gdn_mup.scaling.apply import ModelScaling, distinct_rules, scale_rule_sets
 from gdn_mup.training.checkpoint import Position, load_checkpoint, save_checkpoint
 from gdn_mup.training.clipping import norm_weights
 from gdn_mup.training.config import Clipping, OptimizerName, TrainingSettings
+from gdn_mup.training.interrupt import noted_signals
 from gdn_mup.training.optimizers import MemberOptimizer, Optimizer
 from gdn_mup.training.schedule import learning_rate_factor
 
@@ -218,7 +219,8 @@ def train(
             a GPU is waited for each time, and after the last step of a group.
 
     Raises:
-        UserError: a single member does not fit in the device's memory, or the checkpoint belongs to others.
+        UserError: a single member does not fit in the device's memory.
+        Interrupted: SIGTERM or SIGINT came; a checkpoint was written first.
     """
     held_out = torch.from_numpy(
         validation.fixed_batches(training.evaluation_batches, training.batch_size, training.context_length)
@@ -276,30 +278,34 @@ def train(
                 rate = updates * training.batch_size * training.context_length / (last_reported - began)
                 done = trained * training.steps + len(group) * (step + 1)
                 report(done, f"loss {best:.3f}, {rate:,.0f} tokens/s")
-            if checkpoint and now - last_saved >= checkpoint_seconds:
+            signal_name = signal_came()
+            if checkpoint and (now - last_saved >= checkpoint_seconds or signal_name):
                 last_saved = now
                 bring_over()
                 save(position._replace(step=step + 1), trainer.state())
+            if signal_name:
+                raise Interrupted(signal_name, checkpoint)
         own["val_loss"][:, -1] = held_out_losses(trainer.model, batches)
         bring_over()
 
-    while (trained := position.trained_members) < len(members):
-        try:
-            train_group(position, state)
-            position = Position(trained + position.group_size, position.group_size, 0)
-        except torch.OutOfMemoryError:
-            size = min(position.group_size, len(members) - trained)
-            if size == 1:
-                raise UserError(
-                    f"width {width}: a single member does not fit in the device's memory with training.batch_size "
-                    f"{training.batch_size}; make batch_size smaller or use a device with more memory"
-                ) from None
-            position = Position(trained, size // 2, 0)
-            log.warning("Out of memory: %d members of width %d at once; going on with %d", size, width, size // 2)
-        state.clear()
-        # What the group leaves goes back to the device before the next one asks for memory.
-        gc.collect()
-        torch.cuda.empty_cache()
+    with noted_signals() as signal_came:
+        while (trained := position.trained_members) < len(members):
+            try:
+                train_group(position, state)
+                position = Position(trained + position.group_size, position.group_size, 0)
+            except torch.OutOfMemoryError:
+                size = min(position.group_size, len(members) - trained)
+                if size == 1:
+                    raise UserError(
+                        f"width {width}: a single member does not fit in the device's memory with training.batch_size "
+                        f"{training.batch_size}; make batch_size smaller or use a device with more memory"
+                    ) from None
+                position = Position(trained, size // 2, 0)
+                log.warning("Out of memory: %d members of width %d at once; going on with %d", size, width, size // 2)
+            state.clear()
+            # What the group leaves goes back to the device before the next one asks for memory.
+            gc.collect()
+            torch.cuda.empty_cache()
     if checkpoint and keep_checkpoint:
         save(position, {})
     elif checkpoint:

@@ -1,0 +1,156 @@
+"""Jobs and workflows that are really killed go on, and end with the same datasets as undisturbed ones."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import xarray as xr
+import yaml
+from workflow_copy import ROOT, WorkflowCopy
+
+from gdn_mup.errors import EXIT_INTERRUPTED
+from gdn_mup.study.datasets import open_dataset, open_job
+
+KILLS = 10
+WORKFLOW_KILLS = 3
+SECONDS_TO_END = 10.0
+
+STUDY = {
+    "corpus": {
+        "maximum_bytes": 300_000,
+        "tokenizer_sample_bytes": 200_000,
+        "vocabulary_size": 300,
+        "validation_fraction": 0.3,
+    },
+    "model": {"base_width": 16, "layers": 1, "heads": 2, "head_dim": 8, "value_head_dim": 8, "mlp_ratio": 2},
+    "training": {"steps": 600, "warmup_steps": 10, "batch_size": 2, "context_length": 16, "evaluation_batches": 1},
+    "sweeps": [
+        {
+            "growth": "heads",
+            "optimizer": "adamw",
+            "rules": ["sp", "gdn_mup"],
+            "widths": [16, 32],
+            "seeds": [0],
+            "learning_rates": {"log2_first": -8, "log2_last": -5},
+        }
+    ],
+}
+
+
+class Job:
+    """The sweep of width 32, as a process that can be started again and again."""
+
+    def __init__(self, folder: Path, corpus: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.study, self.corpus, self.output = folder / "study.yaml", corpus, folder / "job.nc"
+        self.checkpoint = folder / ".job.nc.checkpoint"
+        self.study.write_text(yaml.safe_dump(STUDY))
+
+    def start(self, checkpoint_seconds: float = 0.0) -> subprocess.Popen[str]:
+        options = ["--growth", "heads", "--optimizer", "adamw", "--width", "32", "--seed", "0", "--threads", "1"]
+        files = ["--study", self.study, "--corpus", self.corpus, "--output", self.output]
+        command = [sys.executable, "-m", "gdn_mup", "sweep", *options, *files, "--device", "cpu"]
+        command += ["--checkpoint-seconds", checkpoint_seconds]
+        return subprocess.Popen([*map(str, command)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+    def start_training(self, **options: float) -> subprocess.Popen[str]:
+        """Start, and wait until it has written a checkpoint."""
+        before = self.written()
+        process = self.start(**options)
+        while process.poll() is None and self.written() == before:
+            time.sleep(0.01)
+        return process
+
+    def written(self) -> int:
+        try:
+            return self.checkpoint.stat().st_mtime_ns
+        except FileNotFoundError:
+            return 0
+
+    def finish(self) -> xr.Dataset:
+        process = self.start(checkpoint_seconds=120.0)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+        assert sorted(path.name for path in self.output.parent.iterdir()) == ["job.nc", "study.yaml"]
+        return open_job(self.output, "lr_sweep").drop_vars("seconds")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("restart")
+    (folder / "study.yaml").write_text(yaml.safe_dump(STUDY))
+    command = [sys.executable, "-m", "gdn_mup", "corpus", "--study", folder / "study.yaml", "--output", folder / "c"]
+    subprocess.run([*map(str, command)], cwd=ROOT, check=True, timeout=120)
+    return folder / "c"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> xr.Dataset:
+    return Job(tmp_path_factory.mktemp("undisturbed"), corpus).finish()
+
+
+def test_a_job_killed_at_ten_moments_gives_the_same_bits(tmp_path: Path, corpus: Path, undisturbed: xr.Dataset) -> None:
+    job, moments = Job(tmp_path / "job", corpus), random.Random(0)
+    starting = job.start()
+    time.sleep(moments.uniform(0, 2))  # while it starts
+    starting.kill()
+    starting.communicate()
+    for _ in range(KILLS - 1):
+        process = job.start_training()
+        time.sleep(moments.uniform(0, 0.2))
+        assert process.poll() is None, "trained to the end before it could be killed: the study is too short"
+        process.kill()
+        process.communicate()
+    xr.testing.assert_identical(job.finish().drop_attrs(), undisturbed.drop_attrs())
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_job_asked_to_end_saves_and_says_how_to_go_on(
+    tmp_path: Path, corpus: Path, undisturbed: xr.Dataset, name: str
+) -> None:
+    job = Job(tmp_path / "job", corpus)
+    process = job.start_training(checkpoint_seconds=1.0)
+    before = job.written()
+    asked = time.monotonic()
+    process.send_signal(getattr(signal, name))
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - asked < SECONDS_TO_END
+    assert process.returncode == EXIT_INTERRUPTED, errors
+    assert job.written() > before
+    assert errors.splitlines()[-1] == f"ended by {name}; run the same command again to go on from {job.checkpoint}"
+    assert "Traceback" not in errors and not job.output.exists()
+    xr.testing.assert_identical(job.finish().drop_attrs(), undisturbed.drop_attrs())
+
+
+@pytest.mark.workflow
+def test_a_workflow_killed_at_three_moments_ends_with_the_same_dataset(tmp_path: Path) -> None:
+    target = "results/restart/datasets/lr_sweep.nc"
+    arguments = ["--config", "study=restart", "device=cpu", "--cores", "2", "--", target]
+    datasets = []
+    for name in ("undisturbed", "killed"):
+        copy = WorkflowCopy(tmp_path / name)
+        (copy.folder / "config/studies/restart.yaml").write_text(yaml.safe_dump(STUDY))
+        moments = random.Random(1)
+        for _ in range(WORKFLOW_KILLS if name == "killed" else 0):
+            # A session of its own, so that its jobs are killed with it, as they are when a machine goes down.
+            run = subprocess.Popen(
+                [sys.executable, "-m", "snakemake", *arguments],
+                cwd=copy.folder,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            time.sleep(moments.uniform(2, 12))
+            os.killpg(run.pid, signal.SIGKILL)
+            run.wait()
+            unlocked = copy.snakemake("--unlock", *arguments)
+            assert unlocked.returncode == 0, unlocked.stdout
+        finished = copy.snakemake(*arguments)
+        assert finished.returncode == 0, finished.stdout
+        datasets.append(open_dataset(copy.folder / target, "lr_sweep").drop_vars("seconds").drop_attrs())
+    xr.testing.assert_identical(*datasets)
