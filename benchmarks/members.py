@@ -17,7 +17,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from gdn_mup.corpus.tokens import TokenFile, build_corpus
+from gdn_mup.corpus.build import build_corpus
+from gdn_mup.corpus.tokens import TokenFile
 from gdn_mup.study.plan import load_study
 from gdn_mup.study.provenance import processor
 from gdn_mup.training.sweep import Member, Trainer, scaled_model

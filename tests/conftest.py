@@ -11,8 +11,9 @@ if not torch.cuda.is_available():
 
 from workflow_copy import ROOT, WorkflowCopy
 
+from gdn_mup.corpus.build import build_corpus
 from gdn_mup.corpus.config import CorpusSettings
-from gdn_mup.corpus.tokens import TokenFile, build_corpus
+from gdn_mup.corpus.tokens import TokenFile
 
 
 @pytest.fixture(autouse=True, scope="session")

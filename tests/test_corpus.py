@@ -18,11 +18,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gdn_mup.corpus import sources
+from gdn_mup.corpus.build import build_corpus
 from gdn_mup.corpus.config import CorpusSettings
 from gdn_mup.corpus.documents import Document, is_validation, split, take_bytes
 from gdn_mup.corpus.sources import select
 from gdn_mup.corpus.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
-from gdn_mup.corpus.tokens import TokenFile, build_corpus
+from gdn_mup.corpus.tokens import TokenFile
 from gdn_mup.errors import UserError
 
 # A fraction of 0.3 of some fifty documents: whichever Python's library it is, neither part is ever empty.
@@ -293,7 +294,7 @@ def test_the_same_text_gives_the_same_bytes_whatever_the_threads(
 ) -> None:
     build = (
         "from pathlib import Path; from gdn_mup.corpus.config import CorpusSettings; "
-        "from gdn_mup.corpus.tokens import build_corpus; import sys; "
+        "from gdn_mup.corpus.build import build_corpus; import sys; "
         f"build_corpus(CorpusSettings.model_validate_json({SMALL.model_dump_json()!r}), Path('.'), "
         f"Path({str(tmp_path)!r}), progress=False); "
         "assert not {'torch', 'pyarrow', 'gdn_mup.model', 'gdn_mup.training'} & set(sys.modules)"
@@ -363,7 +364,7 @@ def test_a_long_document_gives_the_tokens_of_the_whole(tmp_path: Path, monkeypat
         "{}",
     ]
     long = "".join(generator.choices(words, k=50_000))
-    monkeypatch.setattr("gdn_mup.corpus.tokens.PIECE_CHARACTERS", 10)
+    monkeypatch.setattr("gdn_mup.corpus.encoding.PIECE_CHARACTERS", 10)
     (tmp_path / "long.txt").write_bytes(long.encode())
     # The vocabulary is learnt from the like, so that tokens such as two line breaks exist to be torn apart.
     write_jsonl(tmp_path / "short.jsonl", ["".join(generator.choices(words, k=500)) for _ in range(30)])
@@ -518,7 +519,7 @@ def test_an_interrupted_build_leaves_the_corpus_before_it(editable: Path, monkey
     def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("gdn_mup.corpus.tokens._encode", interrupted)
+    monkeypatch.setattr("gdn_mup.corpus.build.encode", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build_corpus(SMALL.model_copy(update={"maximum_bytes": 900_000}), Path("."), editable.parent, progress=False)
     assert {path.name: path.read_bytes() for path in editable.parent.iterdir()} == before
@@ -534,7 +535,7 @@ def test_progress_is_bars_or_plain_lines(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     write_jsonl(tmp_path / "a.jsonl", [f"{sentence} {i}" for sentence in SENTENCES for i in range(20)])
-    with caplog.at_level("INFO", logger="gdn_mup.corpus.tokens"):
+    with caplog.at_level("INFO", logger="gdn_mup.corpus.build"):
         build_corpus(from_files("a.jsonl"), tmp_path, tmp_path / "plain")
     lines = [record.getMessage() for record in caplog.records]
     assert lines[:2] == ["Reading text", "Learning the vocabulary"] and lines[2].startswith("Encoding train (")

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from workflow_copy import ROOT, WorkflowCopy
 
 from gdn_mup.corpus import pypi
+from gdn_mup.corpus.build import build_corpus
 from gdn_mup.corpus.config import CorpusSettings
 from gdn_mup.corpus.documents import Document
 from gdn_mup.corpus.near_duplicates import drop_near_duplicates
 from gdn_mup.corpus.pypi import fetch, package_texts, read_pins
 from gdn_mup.corpus.sources import select
-from gdn_mup.corpus.tokens import TokenFile, build_corpus
+from gdn_mup.corpus.tokens import TokenFile
 from gdn_mup.errors import UserError
 
 HASH = "0" * 64

@@ -98,7 +98,7 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, case: str) -> None:
 
 def test_a_missing_study_names_those_that_exist() -> None:
     with pytest.raises(
-        UserError, match=r"config/studies/lptop\.yaml: no such study file; there are: h200, laptop, smoke"
+        UserError, match=r"config/studies/lptop\.yaml: no such study file; there are: h200, laptop, paper, smoke"
     ):
         load_study(ROOT / "config/studies/lptop.yaml")
 
@@ -109,3 +109,21 @@ def test_a_file_that_is_no_study_is_refused(tmp_path: Path, text: str, expected:
     path.write_text(text)
     with pytest.raises(UserError, match=expected):
         load_study(path)
+
+
+def test_the_papers_setting_is_the_papers() -> None:
+    """Of arXiv 2606.04048, sections on experiments, and of the configs in its code."""
+    study = load_study(ROOT / "config/studies/paper.yaml")
+    training = study.training
+    tokens = training.steps * training.batch_size * training.context_length
+    assert tokens == pytest.approx(9.83e9, rel=1e-3)
+    grids = {sweep.optimizer: sweep.learning_rates.values for sweep in study.sweeps}
+    assert grids["adamw"][0] == pytest.approx(1e-3, rel=1e-5) and grids["adamw"][-1] == pytest.approx(2e-2, rel=1e-4)
+    assert grids["sgd"][0] == pytest.approx(0.1, rel=1e-5) and grids["sgd"][-1] == pytest.approx(1.0, rel=1e-4)
+    for sweep in study.sweeps:
+        for width in sweep.widths:
+            shape = model_shape(study.model, width, sweep.growth, study.corpus.vocabulary_size)
+            assert (shape.heads, shape.layers, shape.mlp_width) == (6, 8, 4 * width)
+            assert (8 * shape.head_dim, 4 * shape.value_head_dim) == (width, width)
+        middle = math.sqrt(sweep.learning_rates.values[0] * sweep.learning_rates.values[-1])
+        assert study.training_of(sweep).final_learning_rate * middle == pytest.approx(5e-5, rel=0.15)

@@ -120,7 +120,7 @@ def corpus(
     output: Annotated[Path, typer.Option(help="Folder for tokenizer, tokens and their sidecars.")],
 ) -> None:
     """From text to tokens: deduplicate, split by document, learn the vocabulary, encode."""
-    from gdn_mup.corpus.tokens import build_corpus
+    from gdn_mup.corpus.build import build_corpus
     from gdn_mup.study.plan import load_study
 
     build_corpus(load_study(study).corpus, Path.cwd(), output)

@@ -54,6 +54,16 @@ def get_corpus_files(wildcards) -> list[str]:
     return sorted(path for path in found if os.path.isfile(path))
 
 
+def get_corpus_threads(wildcards) -> int:
+    """The tokenizer takes what there is; only for a streamed dataset does it matter."""
+    return 16 if get_study(wildcards.study).corpus.source == "huggingface" else 2
+
+
+def get_corpus_runtime(wildcards) -> int:
+    """Minutes: a streamed dataset may hold tens of gigabytes, at some 2.5 MB/s a core."""
+    return 1440 if get_study(wildcards.study).corpus.source == "huggingface" else 30
+
+
 def get_corpus_settings(wildcards) -> dict:
     return get_study(wildcards.study).corpus.model_dump(mode="json")
 

@@ -23,6 +23,7 @@ rule fetch_packages:
         "gdn-mup fetch --study {params.study} --output {params.directory} > {log} 2>&1"
 
 
+# A dataset that is streamed leaves its state beside the outputs, and a job that is killed goes on from there.
 rule corpus:
     input:
         get_corpus_files,
@@ -38,10 +39,10 @@ rule corpus:
         "results/{study}/benchmarks/corpus.tsv"
     conda:
         "../../environment.yml"
-    threads: 2
+    threads: get_corpus_threads
     resources:
         mem_mb=2000,
-        runtime=30,
+        runtime=get_corpus_runtime,
     params:
         settings=get_corpus_settings,
         study="config/studies/{study}.yaml",

@@ -1,7 +1,8 @@
 """A document, and what is decided by its hash alone: whether it is held out, and where a selection ends."""
 
+import hashlib
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 from gdn_mup.errors import UserError
 
@@ -12,6 +13,12 @@ class Document(NamedTuple):
     name: str  # a path, with `:line` (.jsonl) or `:row` (.parquet) where a file holds many
     text: str
     sha256: str  # of the whole text in UTF-8, also where `text` was cut at `maximum_bytes`
+    position: dict[str, Any] | None = None  # of a stream: where it goes on after this document, if that can be said
+
+    @classmethod
+    def of(cls, name: str, text: str) -> Self:
+        """A whole text."""
+        return cls(name, text, hashlib.sha256(text.encode()).hexdigest())
 
     @property
     def bytes(self) -> int:
@@ -37,17 +44,22 @@ def split(texts: Iterable[Document], fraction: float) -> tuple[list[Document], l
     validation: list[Document] = []
     for document in texts:
         (validation if is_validation(document.sha256, fraction) else train).append(document)
-    total = len(train) + len(validation)
-    if not total:
-        raise UserError("corpus: every document is blank; name files that hold text under corpus.files")
-    for name, share, cure in (("validation", validation, "raise"), ("training", train, "lower")):
+    for name, share in (("validation", validation), ("training", train)):
         if not share:
-            raise UserError(
-                f"corpus.validation_fraction: {fraction} of {total} document{'s' * (total > 1)} leaves none "
-                f"for {name}; {cure} it, or give more documents (.jsonl holds one a line; "
-                "corpus.maximum_bytes limits how many are taken)"
-            )
+            raise no_documents(name, fraction, len(train) + len(validation))
     return train, validation
+
+
+def no_documents(part: str, fraction: float, total: int) -> UserError:
+    """The error where `part`, which is `validation` or `training`, gets none of `total` documents."""
+    if not total:
+        return UserError("corpus: every document is blank; name text under corpus, such as other files")
+    cure = "raise" if part == "validation" else "lower"
+    return UserError(
+        f"corpus.validation_fraction: {fraction} of {total} document{'s' * (total > 1)} leaves none "
+        f"for {part}; {cure} it, or give more documents (.jsonl holds one a line; "
+        "corpus.maximum_bytes limits how many are taken)"
+    )
 
 
 def take_bytes(texts: Iterable[Document], limit: int) -> Iterator[Document]:

@@ -5,36 +5,15 @@ followed by the end-of-text token, as little-endian uint16, or uint32 where the 
 """
 
 import hashlib
-import logging
-import os
-import platform
-import re
-import sys
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
-from tokenizers import Tokenizer
 
-from gdn_mup.corpus.config import CorpusSettings
-from gdn_mup.corpus.documents import Document, split, take_bytes
-from gdn_mup.corpus.sources import select
-from gdn_mup.corpus.tokenizer import END_OF_TEXT, train_tokenizer
 from gdn_mup.errors import UserError
 from gdn_mup.settings import Settings
-
-logger = logging.getLogger(__name__)
-
-BATCH_BYTES = 4_000_000  # of text encoded at once: the library's encodings take far more memory than the ids
-PIECE_CHARACTERS = 2**18  # long documents are encoded in pieces of at least this many, in parallel
-# Encoding before and after such a place equals encoding across it: no token pattern of the byte-level
-# pre-tokenizer extends from a visible character into a line break.
-PIECE_BOUNDARY = re.compile(r"(?<=[!-~])(?=\n)")
 
 
 class Sidecar(Settings):
@@ -50,7 +29,9 @@ class Sidecar(Settings):
     bytes: int = Field(gt=0, description="Size of the documents' text in UTF-8.")
     sha256: str = Field(description="Of the array as stored.")
     provenance: dict[str, Any] = Field(
-        {}, description="Of source `pypi`: every package with version, sha256 and licence; near-duplicates dropped."
+        {},
+        description="Of source `pypi`: every package with version, sha256 and licence, and what was dropped as "
+        "near-duplicates; of source `huggingface`: the dataset's commit.",
     )
 
 
@@ -171,179 +152,3 @@ def _check_content(path: Path, array: NDArray[np.unsignedinteger], sidecar: Side
         raise UserError(f"{path}: its sha256 is not the one in {path.with_suffix('.json').name}; {cure}")
     if largest >= sidecar.vocabulary_size:
         raise UserError(f"{path}: token id {largest} is not below vocabulary_size {sidecar.vocabulary_size}; {cure}")
-
-
-def build_corpus(
-    settings: CorpusSettings, root: Path, output: Path, progress: bool | None = None, downloads: Path | None = None
-) -> tuple[TokenFile, TokenFile]:
-    """From text to `tokenizer.json`, `train.tokens`, `validation.tokens` and their sidecars in `output`.
-
-    Everything is written under a temporary name and renamed when all is complete. `root` is what relative
-    file patterns start from. Packages are fetched to `downloads`, by default the folder of that name in `output`,
-    if they are not there yet. `progress` shows bars, by default where standard error is a terminal; otherwise
-    a line per stage is logged.
-
-    Returns the training and the validation tokens. Raises UserError for text that cannot be used, before
-    anything is written.
-    """
-    selection = select(settings, root, downloads or output / "downloads")
-    with _stages(sys.stderr.isatty() if progress is None else progress) as stage:
-        stage("Reading text")
-        train, validation = split(selection.documents, settings.validation_fraction)
-        stage("Learning the vocabulary")
-        sample = take_bytes(train, settings.tokenizer_sample_bytes)
-        tokenizer = train_tokenizer((document.text for document in sample), settings)
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".partial-", dir=output) as partial:
-                scratch = Path(partial)
-                (scratch / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-                for name, part in (("train", train), ("validation", validation)):
-                    advance = stage(f"Encoding {name}", sum(document.bytes for document in part))
-                    _write_tokens(scratch, name, part, tokenizer, settings, selection.provenance, advance)
-                for file in sorted(scratch.iterdir()):
-                    os.replace(file, output / file.name)
-        except OSError as error:
-            raise UserError(
-                f"{output}: the corpus cannot be written there: {error.strerror or error}; "
-                "give a directory that is writable and has room"
-            ) from None
-    parts = (TokenFile.open(output / "train.tokens"), TokenFile.open(output / "validation.tokens"))
-    for name, tokens in zip(("train", "validation"), parts, strict=True):
-        logger.info(
-            "%s: %d documents, %.1f MB, %d tokens, %.2f bytes/token",
-            name,
-            tokens.sidecar.documents,
-            tokens.sidecar.bytes / 1e6,
-            tokens.tokens,
-            tokens.bytes_per_token,
-        )
-    return parts
-
-
-def _write_tokens(
-    directory: Path,
-    name: str,
-    texts: list[Document],
-    tokenizer: Tokenizer,
-    settings: CorpusSettings,
-    provenance: dict[str, Any],
-    advance: Callable[[int], None],
-) -> None:
-    """Encode documents into `name`.tokens, described in `name`.json; `advance` is told the bytes done."""
-    vocabulary_size = tokenizer.get_vocab_size()
-    dtype = np.dtype("<u2" if vocabulary_size <= 2**16 else "<u4")
-    checksum = hashlib.sha256()
-    tokens = size = 0
-    with (directory / f"{name}.tokens").open("wb") as file:
-        for batch, batch_bytes in _batches(texts):
-            array = _encode(tokenizer, batch, dtype)
-            file.write(array.data)
-            checksum.update(array.data)
-            tokens += len(array)
-            size += batch_bytes
-            advance(batch_bytes)
-    sidecar = Sidecar(
-        source=_describe(settings),
-        settings=settings.model_dump(mode="json"),
-        tokenizer_sha256=hashlib.sha256((directory / "tokenizer.json").read_bytes()).hexdigest(),
-        vocabulary_size=vocabulary_size,
-        dtype="uint16" if dtype.itemsize == 2 else "uint32",
-        tokens=tokens,
-        documents=len(texts),
-        bytes=size,
-        sha256=checksum.hexdigest(),
-        provenance=provenance,
-    )
-    (directory / f"{name}.json").write_text(sidecar.model_dump_json(indent=2) + "\n", encoding="utf-8")
-
-
-def _describe(settings: CorpusSettings) -> str:
-    """Where text comes from, in words."""
-    if settings.source == "stdlib":
-        return f"standard library of {platform.python_implementation()} {platform.python_version()}"
-    if settings.source == "pypi":
-        return f"packages pinned in {settings.requirements}"
-    return f"files: {', '.join(settings.files)}"
-
-
-def _batches(texts: Iterable[Document]) -> Iterator[tuple[list[tuple[str, bool]], int]]:
-    """Pieces to encode together, each with whether it ends its document; and their size in bytes."""
-    batch: list[tuple[str, bool]] = []
-    size = 0
-    for document in texts:
-        *beginnings, end = _pieces(document.text)
-        for piece, ends in [*((piece, False) for piece in beginnings), (end, True)]:
-            batch.append((piece, ends))
-            size += len(piece.encode())
-            if size >= BATCH_BYTES:
-                yield batch, size
-                batch, size = [], 0
-    if batch:
-        yield batch, size
-
-
-def _pieces(text: str) -> Iterator[str]:
-    """Cut a long text where encoding does not notice."""
-    start = 0
-    while boundary := PIECE_BOUNDARY.search(text, start + PIECE_CHARACTERS):
-        yield text[start : boundary.start()]
-        start = boundary.start()
-    yield text[start:]
-
-
-def _encode(tokenizer: Tokenizer, batch: list[tuple[str, bool]], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Tokens of the pieces in order, with end-of-text after those that end a document."""
-    end_of_text = np.array([tokenizer.token_to_id(END_OF_TEXT)], dtype=dtype)
-    encodings = tokenizer.encode_batch_fast([piece for piece, _ in batch], add_special_tokens=False)
-    parts: list[NDArray[Any]] = []
-    for encoding, (_, ends) in zip(encodings, batch, strict=True):
-        parts.append(np.array(encoding.ids, dtype=dtype))
-        if ends:
-            parts.append(end_of_text)
-    return np.concatenate(parts)
-
-
-# A stage is announced with the bytes that it will go through (if known) and returns how to report them.
-Stage = Callable[..., Callable[[int], None]]
-
-
-@contextmanager
-def _stages(bars: bool) -> Iterator[Stage]:
-    """Progress bars, or a logged line per stage."""
-    if not bars:
-
-        def log(name: str, total: int | None = None) -> Callable[[int], None]:
-            logger.info("%s%s", name, f" ({total / 1e6:.1f} MB)" if total else "")
-            return lambda size: None
-
-        yield log
-        return
-
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description:<24}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as display:
-
-        def show(name: str, total: int | None = None) -> Callable[[int], None]:
-            for task in display.tasks:  # the stage before is done, whether or not its size was known
-                if task.total is None:
-                    display.update(task.id, total=1, completed=1, visible=False)
-            task_id = display.add_task(name, total=total)
-            return lambda size: display.advance(task_id, size)
-
-        yield show
