@@ -1,5 +1,6 @@
 """Study files: what they ask for, and what is said when they are wrong."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import yaml
 from workflow_copy import ROOT
 
 from gdn_mup.errors import UserError
+from gdn_mup.model.config import model_shape
 from gdn_mup.study.plan import SECTIONS, LearningRateGrid, load_study, settings_hash
 
 STUDIES = sorted((ROOT / "config/studies").glob("*.yaml"))
@@ -112,7 +114,7 @@ def test_a_file_that_is_no_study_is_refused(tmp_path: Path, text: str, expected:
 
 
 def test_the_papers_setting_is_the_papers() -> None:
-    """Of arXiv 2606.04048, sections on experiments, and of the configs in its code."""
+    """Of arXiv 2606.04048, and of the configs in the code released with it."""
     study = load_study(ROOT / "config/studies/paper.yaml")
     training = study.training
     tokens = training.steps * training.batch_size * training.context_length
@@ -126,4 +128,4 @@ def test_the_papers_setting_is_the_papers() -> None:
             assert (shape.heads, shape.layers, shape.mlp_width) == (6, 8, 4 * width)
             assert (8 * shape.head_dim, 4 * shape.value_head_dim) == (width, width)
         middle = math.sqrt(sweep.learning_rates.values[0] * sweep.learning_rates.values[-1])
-        assert study.training_of(sweep).final_learning_rate * middle == pytest.approx(5e-5, rel=0.15)
+        assert study.training_of(sweep).final_learning_rate * middle == pytest.approx(5e-5, rel=0.02)
