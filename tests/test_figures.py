@@ -23,6 +23,7 @@ from gdn_mup.study.figures import style
 from gdn_mup.study.files import from_root
 from gdn_mup.study.losses import losses_at
 from gdn_mup.study.optimum import signed
+from gdn_mup.study.published import study_setting
 from gdn_mup.study.titles import GROWTH_TITLES
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
@@ -396,6 +397,14 @@ def test_both_budgets_are_stated(drawings: dict[str, figures.Drawing]) -> None:
     (ours,) = (key for key in keys if key.startswith("this study"))
     assert "9.83 B tokens" in paper and "FineWeb-Edu" in paper and "1 seed," in paper and "no intervals" in paper
     assert "widths 32–128" in ours and "3 seeds" in ours and "Python standard library" in ours
+
+
+def test_a_corpus_is_called_by_its_name(lr_sweep: xr.Dataset) -> None:
+    settings = json.loads(lr_sweep.attrs["settings"])
+    settings["corpus"] |= {"source": "huggingface", "dataset": "HuggingFaceFW/fineweb-edu"}
+    other = lr_sweep.assign_attrs(settings=json.dumps(settings))
+    assert study_setting(other, "heads", "adamw").corpus == "HuggingFaceFW/fineweb-edu"
+    assert study_setting(lr_sweep, "heads", "adamw").corpus == "Python standard library"
 
 
 # Tables

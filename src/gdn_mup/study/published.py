@@ -60,10 +60,10 @@ def printed_losses() -> pd.DataFrame:
 def study_setting(dataset: xr.Dataset, growth: str, optimizer: str) -> Setting:
     """What the sweeps of this study with one growth mode and optimizer were trained on."""
     settings = json.loads(dataset.attrs["settings"])
-    source = settings["corpus"]["source"]
+    corpus = settings["corpus"]
     here = dataset.sel(growth=growth, optimizer=optimizer)
     return Setting(
-        corpus=CORPUS_TITLES.get(source, source),
+        corpus=corpus.get("dataset") or CORPUS_TITLES.get(corpus["source"], corpus["source"]),
         tokens=float(here.tokens.max()),
         growth=growth,
         layers=settings["model"]["layers"],
