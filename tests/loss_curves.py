@@ -23,6 +23,7 @@ Curve = Callable[[Array], Array]
 MEASURED = Path(__file__).with_name("data") / "measured_curves.csv"
 BEST_LOSS = 3.4  # nats
 OVER = 4.0  # octaves over which a seed's own slow curve forgets, as measured
+ALIKE = 0.8  # share of its variance that two rule sets have in common at a seed and width, as measured
 _LEAST_SLOPE = 0.2  # nats per octave beyond what was measured
 
 
@@ -38,10 +39,16 @@ class LossCurve:
     noise: Curve
     seed_effect: float
 
-    def sweep(self, octaves: Array, seeds: int, random: np.random.Generator) -> Array:
-        """Losses [seeds, learning rates] at these octaves from the optimum."""
+    def sweep(self, octaves: Array, seeds: int, random: np.random.Generator, alike: Array | None = None) -> Array:
+        """Losses [seeds, learning rates] at these octaves from the optimum.
+
+        `alike` [seeds, learning rates]: standard normal; what seeds' slow curves share with those of another sweep.
+        """
         slow = self.seed_effect * np.linalg.cholesky(np.exp(-np.abs(octaves[:, None] - octaves) / OVER))
-        common = random.standard_normal((seeds, len(octaves))) @ slow.T
+        effect = random.standard_normal((seeds, len(octaves)))
+        if alike is not None:
+            effect = np.sqrt(ALIKE) * alike + np.sqrt(1 - ALIKE) * effect
+        common = effect @ slow.T
         own = self.noise(octaves) * random.standard_normal((seeds, len(octaves)))
         return BEST_LOSS + self.excess(octaves) + common + own
 
