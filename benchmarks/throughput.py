@@ -10,8 +10,7 @@ large bf16 matrix product and a device copy, measured in the same run. Each case
 memory and first steps are its own too. Tokens are drawn by Zipf's law with a fixed seed: speed depends on how often
 they occur, not on what they say.
 
-Model FLOPs a token are 6 for each parameter of a matrix product, and 18 K V a head for the recurrence (6 K V forward:
-read and write by the key, read by the query; twice that backward). Recomputation does not count.
+Model FLOPs are those of `gdn_mup.model.flops`. Recomputation does not count.
 
 The delta rule alone, forward and backward: our kernels against fla's on the same tensors, laid out as fla wants them
 for fla, without autograd's bookkeeping taken out of either.
@@ -37,6 +36,10 @@ import torch
 
 STARTED = time.monotonic()
 LAYERS, HEAD_DIM, VOCABULARY, BATCH, LENGTH = 4, 64, 4096, 32, 512
+MODEL = {
+    **{"base_width": HEAD_DIM, "layers": LAYERS, "heads": 1, "mlp_ratio": 3.0},
+    **{"head_dim": HEAD_DIM, "value_head_dim": HEAD_DIM},
+}
 CACHES = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor", "TILELANG_CACHE_DIR": "tilelang"}
 
 
@@ -62,13 +65,6 @@ CASES = [
 FIRST_STEPS = [Case("ours", 256, 10), Case("ours", 1024, 4), Case("fla eager", 256)]
 
 
-def flops_a_token(width: int) -> int:
-    heads = width // HEAD_DIM
-    projections = 5 * width * width + 2 * heads * width
-    block = projections + 9 * width * width
-    return 6 * (LAYERS * block + VOCABULARY * width) + LAYERS * heads * 18 * HEAD_DIM * HEAD_DIM
-
-
 class ZipfTokens:
     """Stands in for a token file: a few batches, drawn beforehand, so that drawing is not what is measured."""
 
@@ -89,9 +85,7 @@ def our_step(case: Case) -> Callable[[int], object]:
     from gdn_mup.training.gpu import GpuTrainer
     from gdn_mup.training.sweep import Member, scaled_model
 
-    model = ModelSettings(
-        base_width=64, layers=LAYERS, heads=1, head_dim=HEAD_DIM, value_head_dim=HEAD_DIM, mlp_ratio=3.0
-    )
+    model = ModelSettings(**MODEL)
     training = TrainingSettings(steps=1000, warmup_steps=10, batch_size=case.batch, context_length=LENGTH)
     scaled = scaled_model(model, case.width, "heads", VOCABULARY, ["gdn_mup"], "adamw")
     members = [Member("gdn_mup", 2.0 ** (-6 - i / 4)) for i in range(case.members)]
@@ -155,6 +149,10 @@ def measure(case: Case, seconds: float, only_first: bool) -> dict[str, Any]:
             index += 1
         torch.cuda.synchronize()
         blocks.append((time.monotonic() - start) / block)
+    from gdn_mup.model.config import ModelSettings, model_shape
+    from gdn_mup.model.flops import training_flops
+
+    shape = model_shape(ModelSettings(**MODEL), case.width, "heads", VOCABULARY)
     tokens = case.members * case.batch * LENGTH
     step_seconds = statistics.median(blocks)
     return {
@@ -162,7 +160,7 @@ def measure(case: Case, seconds: float, only_first: bool) -> dict[str, Any]:
         "step_seconds": step_seconds,
         "fastest_step_seconds": min(blocks),
         "tokens_per_second": tokens / step_seconds,
-        "model_flops_per_second": tokens / step_seconds * flops_a_token(case.width),
+        "model_flops_per_second": tokens / step_seconds * training_flops(shape),
         "gib": torch.cuda.max_memory_reserved() / 2**30,
     }
 

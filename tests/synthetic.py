@@ -20,6 +20,9 @@ SLOPES = {"sp": -1.0, "mup": 0.0, "liu_gu": 0.0, "gdn_mup": 0.0}
 # and late in training.
 CLIPPINGS = {"none": (0.0, 0.5, 0.5), "global_norm": (0.5, 0.5, 0.5), "width_invariant_norm": (0.0, 0.0, 0.0)}
 
+# What every check costs.
+COSTS = {"seconds": 3.0, "joules": 40.0, "members": 2, "diverged_members": 0, "tokens": 5000, "evaluated_tokens": 1000}
+
 # Width exponents of the coordinate sizes.
 EXPONENTS = {"sp": 0.5, "mup": 0.0, "liu_gu": 0.0, "gdn_mup": 0.0}
 
@@ -73,6 +76,7 @@ def job_file(
     else:
         make = {"lr_sweep": _lr_sweep, "coordinates": _coordinates, "multiplier": _multiplier}[job.kind]
         dataset = make(plan, job, random, slopes, best_at_base, noise)
+    dataset = dataset.assign({name: COSTS[name] for name in COSTS if name not in dataset})
     dataset = dataset.assign_coords(growth=job.growth, optimizer=job.optimizer, width=job.width, seed=job.seed)
     dataset.attrs |= {
         "settings_hash": settings_hash(plan.settings_of(job)),
@@ -119,7 +123,11 @@ def _lr_sweep(
             "grad_norm": (("rules", "learning_rate", "step"), np.ones_like(train, np.float32)),
             "diverged": (("rules", "learning_rate"), diverged),
             "seconds": 12.5,
+            "joules": np.nan,
+            "members": (1 if job.width == BASE_WIDTH else len(sweep.rules)) * len(rates),
+            "diverged_members": diverged[: 1 if job.width == BASE_WIDTH else None].sum(),
             "tokens": training.steps * training.batch_size * training.context_length,
+            "evaluated_tokens": 1000,
         },
         coords={
             "rules": list(sweep.rules),
@@ -232,7 +240,9 @@ def _clipping(
         each.append(sweep.assign(grad_norm=(norm * drawn).where(sweep.train_loss.notnull())))
     dataset = xr.concat(each, xr.Variable("clipping", list(check.clippings)))
     names = list(datasets.JOB_VARIABLES["clipping"])
-    dataset = dataset.assign(seconds=dataset.seconds.sum(), tokens=dataset.tokens[0])[names]
+    added = {name: dataset[name].sum(skipna=False) for name in datasets.COSTS}
+    added |= {name: dataset[name][0] for name in ("tokens", "evaluated_tokens")}
+    dataset = dataset.assign(added)[names]
     return dataset.transpose("rules", "clipping", "learning_rate", ...)
 
 

@@ -103,11 +103,27 @@ def test_wider_is_better_and_no_worse_than_sp() -> None:
     assert verdicts(slopes=SLOPES | {"mup": -1.0})["C9", "mup"].verdict == "not reproduced"
 
 
-def test_a_sweep_that_takes_no_longer_saves_nothing() -> None:
+def test_a_sweep_that_takes_no_less_saves_nothing() -> None:
     """The made-up jobs take 12.5 seconds at every width."""
     found = verdicts()
     assert found["C10", "gdn_mup"].verdict == "not reproduced"
-    assert "takes 1.0 times less time" in found["C10", "gdn_mup"].reason
+    reason = found["C10", "gdn_mup"].reason
+    # Four rule sets share the base width's, and have one each elsewhere.
+    assert "times fewer FLOPs" in reason and "4.0 times more time (12.5 s instead of 3.12 s)" in reason
+
+
+def test_what_tuning_at_the_base_width_saves() -> None:
+    dataset = in_memory(study(), "lr_sweep")
+    grows = (dataset.width / 32) ** 2 * dataset.members / 10  # seconds of ten members at the base width: 12.5
+    costs = {"seconds": 12.5 * grows, "joules": 100 * grows.where(dataset.optimizer == "adamw")}
+    found = {(v.claim, v.optimizer, v.rules): v for v in judge_all({"lr_sweep": dataset.assign(costs)})}
+    measured, not_measured = (found["C10", optimizer, "gdn_mup"] for optimizer in ("adamw", "sgd"))
+    assert measured.verdict == not_measured.verdict == "reproduced"
+    assert "16.0 times less time (12.5 s instead of 200 s), 16.0 times less energy (100 J instead" in measured.reason
+    assert "energy" not in not_measured.reason
+    unknown = dataset.assign(members=dataset.members * float("nan"))
+    found = {(v.claim, v.optimizer, v.rules): v for v in judge_all({"lr_sweep": unknown})}
+    assert found["C10", "adamw", "gdn_mup"].verdict == "inconclusive"
 
 
 def test_one_growth_mode_does_not_decide_on_both() -> None:

@@ -118,12 +118,16 @@ def test_sweeps_become_a_dataset(made: dict[str, Path]) -> None:
     wide = dataset.val_loss.sel(width=32, evaluation_step=4)
     assert (wide.sel(rules="sp") != wide.sel(rules="gdn_mup")).all()
     assert (dataset.tokens == 4 * 2 * 16).all() and (dataset.seconds > 0).all()
+    assert dataset.members.values.ravel().tolist() == [3, 6]  # at the base width both rule sets are one
+    assert (dataset.evaluated_tokens == 2 * 1 * 2 * 16).all()
 
 
 def test_coordinate_checks_become_a_dataset(made: dict[str, Path]) -> None:
     dataset = open_dataset(made["coordinates"], "coordinates")
     assert dataset.rms.sel(layer=0, quantity="state").notnull().all()
     assert (dataset.update_rms.sel(layer=0, parameter="q", step=1) > 0).all()
+    assert (dataset.members == 2).all() and (dataset.diverged_members == 0).all() and (dataset.seconds > 0).all()
+    assert (dataset.tokens == 1 * 2 * 16).all() and (dataset.evaluated_tokens == 3 * 4 * 16).all()
 
 
 def test_multiplier_checks_become_a_dataset(made: dict[str, Path]) -> None:
@@ -131,6 +135,8 @@ def test_multiplier_checks_become_a_dataset(made: dict[str, Path]) -> None:
     np.testing.assert_allclose(dataset.multiplier.sel(width=32), 32**0.5)
     assert (dataset.gradient_change.sel(epsilon=0) < 1e-12).all()
     assert (dataset.gradient_change.sel(epsilon=1e-5) > 1e-6).all()
+    assert (dataset.members == 2 * 2 * 2 * 2 * 3).all()  # with and without; rules, inits, kernel scales, ε
+    assert (dataset.tokens == (1 * 2 + 2 * 4) * 16).all() and (dataset.diverged_members == 0).all()
 
 
 def test_clipping_checks_become_a_dataset(made: dict[str, Path]) -> None:
@@ -150,6 +156,7 @@ def test_clipping_checks_become_a_dataset(made: dict[str, Path]) -> None:
     assert (ratio.sel(rules="gdn_mup") > 1.02).all()  # the readout weighs half
     np.testing.assert_allclose(ratio.sel(rules="sp"), 1, rtol=1e-6)
     assert (dataset.tokens == 4 * 2 * 16).all() and (dataset.seconds > 0).all()
+    assert dataset.members.values.ravel().tolist() == [9, 18]
 
 
 @pytest.mark.parametrize("kind", SECTIONS)

@@ -24,10 +24,11 @@ PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 # torch has no builds for Intel Macs.
 PLATFORMS = {"linux": ("x86_64", "aarch64"), "darwin": ("arm64",)}
 CUDA_LIBRARIES = ("nvidia-", "cuda-")
+NO_LIBRARY = "nvidia-ml-py"  # Python alone, and nothing that torch names
 HEADER = """\
 # Exact versions for Linux and macOS (Apple silicon), Python {first} to {last}: pip install -r requirements.lock
 # Made by `make lock` from pyproject.toml; edit that, not this.
-# Not here: nvidia-* and cuda-*. torch's CUDA build names their exact versions itself, and without
+# Not here: CUDA's libraries, nvidia-* and cuda-*. torch's CUDA build names their exact versions itself, and without
 # them this file installs a CPU build of torch as well.
 """
 
@@ -69,7 +70,7 @@ def simplified(compiled: str) -> str:
     """uv's output as the lock: one `name==version` a line, with a marker only where it decides something."""
     lines = []
     for line in compiled.splitlines():
-        if not line or line.startswith("#") or line.startswith(CUDA_LIBRARIES):
+        if not line or line.startswith("#") or (line.startswith(CUDA_LIBRARIES) and not line.startswith(NO_LIBRARY)):
             continue
         requirement = Requirement(line)
         marker = simplest(requirement.marker) if requirement.marker else ""

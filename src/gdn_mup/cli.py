@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # torch and xarray take seconds to import: only the commands 
     from gdn_mup.progress import Report
     from gdn_mup.study.plan import Job, Study
     from gdn_mup.training.config import TrainingSettings
+    from gdn_mup.training.energy import Spent
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -197,11 +198,14 @@ def coordinates(
     device: Device = "auto",
 ) -> None:
     """Measure the sizes of activations, gradients and updates of one width over a few steps."""
+    import numpy as np
     import torch
 
     from gdn_mup.measurement.coordinates import coordinate_check
+    from gdn_mup.model.language_model import OUTSIDE_BLOCKS
     from gdn_mup.progress import progress
     from gdn_mup.study.plan import CoordinateCheck, Job, load_study
+    from gdn_mup.training.energy import Meter
     from gdn_mup.training.sweep import Member
 
     loaded = load_study(study)
@@ -213,9 +217,19 @@ def coordinates(
     members = [Member(rules, check.learning_rate) for rules in check.rules]
     trainer = ready.make_trainer(members)
     probe = ready.validation.fixed_batches(1, check.probe_sequences, training.context_length)[0, :, :-1]
+    meter = Meter(ready.device)
     with progress(_title(job), max(check.steps) + 1) as report:
         sizes = coordinate_check(trainer, members, check.steps, torch.from_numpy(probe), report)
     sizes.attrs["learning_rate"] = check.learning_rate
+    ended = sizes.rms.isel(step=-1).sel(quantity="logits", layer=OUTSIDE_BLOCKS)
+    costs = _costs(
+        meter.read(),
+        members=len(members),
+        diverged_members=int((~np.isfinite(ended)).sum()),
+        tokens=max(check.steps) * training.batch_size * training.context_length,
+        evaluated_tokens=(len(check.steps) + 1) * probe.size,
+    )
+    sizes = sizes.assign(costs)
     _write_job(sizes, job, loaded.settings_of(job), ready, output)
 
 
@@ -231,25 +245,29 @@ def multiplier(
     threads: Threads = None,
 ) -> None:
     """Compare a model with itself with √width inserted before the delta rule's output norm, in float64 on the CPU."""
+    import numpy as np
     import torch
 
     from gdn_mup.measurement.multiplier import multiplier_check
     from gdn_mup.progress import progress
     from gdn_mup.study.plan import Job, MultiplierCheck, load_study
+    from gdn_mup.training.energy import Meter
     from gdn_mup.training.sweep import Member, Trainer
 
     loaded = load_study(study)
     job = Job("multiplier", growth, optimizer, width, seed)  # type: ignore[arg-type]
     check = loaded.experiment_of(job)
     assert isinstance(check, MultiplierCheck)
+    training = loaded.training_of(check)
     ready = _prepare(loaded, job, corpus, threads, "cpu")
-    probe = ready.validation.fixed_batches(1, check.probe_sequences, loaded.training_of(check).context_length)[0]
+    probe = ready.validation.fixed_batches(1, check.probe_sequences, training.context_length)[0]
 
     def make_trainer(members: Sequence[Member], epsilon: float) -> Trainer:
         model = loaded.model.model_copy(update={"norm_epsilon": epsilon})
         trainer: Trainer = ready.make_trainer(members, model=model, dtype=torch.float64)
         return trainer
 
+    meter = Meter(ready.device)
     with progress(_title(job), len(check.epsilons) * (max(check.steps) + 1)) as report:
         changes = multiplier_check(
             make_trainer,
@@ -262,6 +280,18 @@ def multiplier(
             report,
         )
     changes.attrs["learning_rate"] = check.learning_rate
+    last = changes.isel(step=-1)
+    ended = np.stack([last.loss, last.loss + last.trained_loss_change])  # of the models without and with multiplier
+    measured = len(check.steps) * probe[:, 1:].size
+    costs = _costs(
+        meter.read(),
+        members=ended.size,
+        diverged_members=int((~np.isfinite(ended)).sum()),
+        # For each pair of models and step measured: two gradients, and two forward passes.
+        tokens=max(check.steps) * training.batch_size * training.context_length + measured,
+        evaluated_tokens=measured,
+    )
+    changes = changes.assign(costs)
     _write_job(changes, job, loaded.settings_of(job), ready, output)
 
 
@@ -281,7 +311,7 @@ def clipping(
     import xarray as xr
 
     from gdn_mup.progress import progress
-    from gdn_mup.study.datasets import JOB_VARIABLES
+    from gdn_mup.study.datasets import COSTS, JOB_VARIABLES
     from gdn_mup.study.plan import ClippingCheck, Job, load_study, settings_hash
 
     loaded = load_study(study)
@@ -300,10 +330,12 @@ def clipping(
             kept = {"checkpoint": checkpoint, "settings_hash": settings_hash(settings), "keep_checkpoint": True}
             swept.append(_sweep(ready, job, rates, training, _part_of(report, len(swept), name), **kept))
     dataset = xr.concat(swept, xr.Variable("clipping", list(check.clippings)))
-    dataset = dataset.assign(seconds=dataset.seconds.sum(), tokens=dataset.tokens[0])
-    _write_job(
-        dataset[list(JOB_VARIABLES["clipping"])].transpose("rules", "clipping", ...), job, settings, ready, output
-    )
+    # Every member has its own tokens, and the rest adds up.
+    spent = {name: dataset[name].sum(skipna=False) for name in COSTS} | {
+        name: dataset[name][0] for name in ("tokens", "evaluated_tokens")
+    }
+    dataset = dataset.assign(spent)[list(JOB_VARIABLES["clipping"])].transpose("rules", "clipping", ...)
+    _write_job(dataset, job, settings, ready, output)
     for checkpoint in checkpoints:
         checkpoint.unlink()
 
@@ -390,7 +422,8 @@ class _Ready(NamedTuple):
     validation: Any
     make_trainer: Callable[..., Any]  # of members, and of what is not as in the study
     group_size: Callable[[Any], int]  # how many of these members train at once
-    device: str  # its name
+    device: str  # `cpu` or `cuda`
+    device_name: str
 
 
 def _prepare(study: "Study", job: "Job", corpus: Path, threads: int | None, device: str) -> _Ready:
@@ -435,7 +468,7 @@ def _prepare(study: "Study", job: "Job", corpus: Path, threads: int | None, devi
         return members_that_fit(members, make_trainer, torch.from_numpy(batches))
 
     name = torch.cuda.get_device_name() if cuda else processor()
-    return _Ready(scaled, tokens, validation, make_trainer, group_size, name)
+    return _Ready(scaled, tokens, validation, make_trainer, group_size, "cuda" if cuda else "cpu", name)
 
 
 def _use_cuda(device: str) -> bool:
@@ -479,6 +512,7 @@ def _sweep(
         job.width,
         training,
         ready.validation,
+        device=ready.device,
         report=lambda done, status="": report(done / updates, status),
         **options,
     )
@@ -507,8 +541,13 @@ def _sweep_dataset(
             "val_loss": ((*member, "evaluation_step"), curves.val_loss[rows]),
             "grad_norm": ((*member, "step"), curves.grad_norm[rows]),
             "diverged": (member, curves.diverged[rows].astype(np.int8)),
-            "seconds": ((), curves.seconds),
-            "tokens": ((), training.steps * training.batch_size * training.context_length),
+            **_costs(
+                curves.spent,
+                members=len(members),
+                diverged_members=int(curves.diverged.sum()),
+                tokens=training.steps * training.batch_size * training.context_length,
+                evaluated_tokens=curves.evaluated_tokens,
+            ),
         },
         coords={
             "rules": list(stands_for),
@@ -519,6 +558,14 @@ def _sweep_dataset(
     )
 
 
+def _costs(
+    spent: "Spent", *, members: int, diverged_members: int, tokens: int, evaluated_tokens: int
+) -> dict[str, float]:
+    """The variables of a job file that say what it cost; tokens are those of each member."""
+    counted = {"members": members, "diverged_members": diverged_members}
+    return {**spent._asdict(), **counted, "tokens": tokens, "evaluated_tokens": evaluated_tokens}
+
+
 def _write_job(dataset: "xr.Dataset", job: "Job", settings: dict[str, Any], ready: _Ready, output: Path) -> None:
     """Add the job's coordinates and provenance, and write its file."""
     from gdn_mup.study.datasets import write
@@ -527,7 +574,7 @@ def _write_job(dataset: "xr.Dataset", job: "Job", settings: dict[str, Any], read
     dataset = dataset.assign_coords(growth=job.growth, optimizer=job.optimizer, width=job.width, seed=job.seed)
     dataset.attrs |= {
         "title": _title(job),
-        **provenance(settings, ready.device),
+        **provenance(settings, ready.device_name),
         "corpus_sha256": ready.tokens.sha256,
         "vocabulary_size": ready.tokens.vocabulary_size,
     }

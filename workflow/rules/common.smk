@@ -108,16 +108,24 @@ def get_kinds(study: Study) -> list[str]:
     return [kind for kind in KINDS if study.jobs(kind)]
 
 
-def get_evidence(wildcards) -> dict[str, str]:
-    """For `input`: every dataset of the study that the claims are judged on, by kind."""
-    kinds = [kind for kind in get_kinds(get_study(wildcards.study)) if kind in EVIDENCE]
-    return {kind: f"results/{wildcards.study}/datasets/{kind}.nc" for kind in kinds}
+def get_datasets(kinds: tuple[str, ...]):
+    """For `input`: the datasets of these kinds that the study has, by kind."""
+
+    def get_files(wildcards) -> dict[str, str]:
+        study = get_study(wildcards.study)
+        return {kind: f"results/{wildcards.study}/datasets/{kind}.nc" for kind in get_kinds(study) if kind in kinds}
+
+    return get_files
 
 
-def get_verdict_parameters(wildcards, input, output) -> list[str]:
-    """As `get_parameters`, with an empty path for every kind of experiment that the study does not have."""
-    missing = [f"{kind}=" for kind in EVIDENCE if kind not in input.keys()]
-    return [*missing, *get_parameters(wildcards, input, output)]
+def get_parameters_of(kinds: tuple[str, ...]):
+    """As `get_parameters`, with an empty path for those of these kinds of experiments that the study does not have."""
+
+    def get_them(wildcards, input, output) -> list[str]:
+        missing = [f"{kind}=" for kind in kinds if kind not in input.keys()]
+        return [*missing, *get_parameters(wildcards, input, output)]
+
+    return get_them
 
 
 def get_parameters(wildcards, input, output) -> list[str]:
@@ -158,6 +166,8 @@ def get_products(name: str) -> list[str]:
         tables += ["optima"]
     if any(study.jobs(kind) for kind in EVIDENCE):
         tables += ["verdicts"]
+    if get_kinds(study):
+        tables += ["cost"]
     return [
         f"results/{name}/{product}"
         for product in [

@@ -59,9 +59,11 @@ use rule table_scaling_rules as table_optima with:
 
 use rule table_scaling_rules as table_verdicts with:
     input:
-        unpack(get_evidence),
+        unpack(get_datasets(EVIDENCE)),
         notebook="notebooks/verdicts.ipynb",
-        code=multiext("src/gdn_mup/study/", "claims.py", "optimum.py", "exponents.py", "multiplier.py", "tables.py"),
+        code=multiext(
+            "src/gdn_mup/study/", "claims.py", "cost.py", "optimum.py", "exponents.py", "multiplier.py", "tables.py"
+        ),
     output:
         csv="results/{study}/tables/verdicts.csv",
         page=report(
@@ -78,6 +80,32 @@ use rule table_scaling_rules as table_verdicts with:
     benchmark:
         "results/{study}/benchmarks/tables/verdicts.tsv"
     params:
-        parameters=get_verdict_parameters,
+        parameters=get_parameters_of(EVIDENCE),
     message:
         "Table of study {wildcards.study}: verdicts on the claims"
+
+
+use rule table_scaling_rules as table_cost with:
+    input:
+        unpack(get_datasets(KINDS)),
+        notebook="notebooks/cost.ipynb",
+        code=multiext("src/gdn_mup/", "study/cost.py", "study/tables.py", "model/flops.py"),
+    output:
+        csv="results/{study}/tables/cost.csv",
+        page=report(
+            "results/{study}/tables/cost.html",
+            caption="../report/cost.rst",
+            category="Tables",
+            labels={"table": "Cost"},
+        ),
+        md="results/{study}/tables/cost.md",
+        tex="results/{study}/tables/cost.tex",
+        notebook="results/{study}/notebooks/cost.ipynb",
+    log:
+        "results/{study}/logs/tables/cost.log",
+    benchmark:
+        "results/{study}/benchmarks/tables/cost.tsv"
+    params:
+        parameters=get_parameters_of(KINDS),
+    message:
+        "Table of study {wildcards.study}: what it cost"

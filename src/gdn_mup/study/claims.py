@@ -20,10 +20,11 @@ import pandas as pd
 import xarray as xr
 
 from gdn_mup.scaling.rules import RULE_SETS
+from gdn_mup.study.cost import sweep_cost
 from gdn_mup.study.exponents import GATES, exponents, gate_gradients
 from gdn_mup.study.multiplier import multiplier_verdict, over_seeds
 from gdn_mup.study.optimum import Transfer, signed, transfer, transfers
-from gdn_mup.study.titles import OPTIMIZER_TITLES
+from gdn_mup.study.titles import OPTIMIZER_TITLES, with_unit
 
 # A study's collected datasets by kind: "lr_sweep", "coordinates", "multiplier". One that is absent was not run.
 Evidence = Mapping[str, xr.Dataset]
@@ -247,17 +248,32 @@ def either_growth(claim: str, evidence: Evidence) -> list[Verdict]:
 
 @from_dataset("lr_sweep")
 def tuning_small_saves(claim: str, dataset: xr.Dataset) -> list[Verdict]:
-    """Seconds of a sweep at the widest width over those at the base width, where the optimum transfers."""
+    """What a sweep costs at the widest width and at the base width, where the optimum transfers."""
     found = []
     for sweep in _of_mup(dataset):
         if not _wider(sweep):
             continue
         widest = sweep.widths[-1]
-        large, small = (_seconds_a_curve(dataset, sweep, width) for width in (widest, sweep.base_width))
-        saved = large / small
+        large, small = (
+            sweep_cost(dataset, sweep.growth, sweep.optimizer, width, sweep.curves[width].shape[1])
+            for width in (widest, sweep.base_width)
+        )
+        saved = {
+            "FLOPs": (small.flops, large.flops, "FLOP", "fewer"),
+            "time": (small.seconds, large.seconds, "s", "less"),
+            "energy": (small.joules, large.joules, "J", "less"),
+        }
+        known = {name: cost for name, cost in saved.items() if np.isfinite(cost[:2]).all()}
+        parts = [
+            f"{max(much / little, little / much):.1f} times {fewer if little <= much else 'more'} {name} "
+            f"({with_unit(little, unit)} instead of {with_unit(much, unit)})"
+            for name, (little, much, unit, fewer) in known.items()
+        ]
+        reason = f"a sweep at width {sweep.base_width} takes {', '.join(parts)} than at {widest}"
         verdict, why = optimum_transfers(sweep)
-        reason = f"a sweep at width {sweep.base_width} takes {saved:.1f} times less time than at {widest}"
-        if verdict == "reproduced" and saved <= 1:
+        if not known:
+            verdict, reason = "inconclusive", "the jobs did not report what they cost"
+        elif verdict == "reproduced" and any(much <= little for little, much, _, _ in known.values()):
             verdict = "not reproduced"
         found.append(Verdict(claim, sweep.growth, sweep.optimizer, sweep.rules, verdict, f"{reason}; {why}"))
     return found
@@ -335,7 +351,10 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         id="C10",
         statement="Tuning at the base width costs less than at the target, and finds the same learning rate.",
-        decided_by="measured seconds of a sweep at the widest and at the base width, where C2 or C4 holds",
+        decided_by=(
+            "FLOPs, seconds and, where measured, joules of a sweep at the widest and at the base width, where C2 or C4 "
+            "holds"
+        ),
         judge=tuning_small_saves,
     ),
 )
@@ -480,17 +499,6 @@ def _best_losses(sweep: Transfer, reference: Transfer) -> tuple[VerdictName, str
 def _pooled(part: pd.DataFrame) -> tuple[float, tuple[float, float]]:
     """Mean exponent of the gates, and the mean ends of their intervals: they share their seeds."""
     return float(part.exponent.mean()), (float(part.low.mean()), float(part.high.mean()))
-
-
-def _seconds_a_curve(dataset: xr.Dataset, sweep: Transfer, width: int) -> float:
-    """Seconds that the sweep of one rule set took: a job's, over the rule sets that it trained.
-
-    Rule sets that coincide, as all do at the base width, are trained once and have the same losses.
-    """
-    job = dataset.sel(growth=sweep.growth, optimizer=sweep.optimizer, width=width)
-    first = job.train_loss.isel(step=-1).transpose("rules", "seed", "learning_rate").values
-    trained = {losses.tobytes() for losses in first if np.isfinite(losses).any()}
-    return float(job.seconds.mean("seed")) / max(1, len(trained))
 
 
 def _exponent_in_words(row: pd.Series) -> str:

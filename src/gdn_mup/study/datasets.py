@@ -23,15 +23,18 @@ DatasetKind = Literal["lr_sweep", "coordinates", "multiplier", "clipping"]
 
 _CONDITION = ("rules", "init", "kernel_scale", "epsilon", "step")  # of a model with and without the multiplier
 
-# Variables of a job file and their dimensions.
-JOB_VARIABLES: dict[DatasetKind, dict[str, tuple[str, ...]]] = {
+# What a job cost. A file that lacks one of these has not reported it.
+COSTS: dict[str, tuple[str, ...]] = dict.fromkeys(
+    ("seconds", "joules", "members", "diverged_members", "tokens", "evaluated_tokens"), ()
+)
+
+# Variables of a job file and their dimensions, `COSTS` aside.
+_OWN_VARIABLES: dict[DatasetKind, dict[str, tuple[str, ...]]] = {
     "lr_sweep": {
         "train_loss": ("rules", "learning_rate", "step"),
         "val_loss": ("rules", "learning_rate", "evaluation_step"),
         "grad_norm": ("rules", "learning_rate", "step"),
         "diverged": ("rules", "learning_rate"),
-        "seconds": (),
-        "tokens": (),
     },
     "coordinates": {
         "rms": ("rules", "step", "layer", "quantity"),
@@ -56,10 +59,9 @@ JOB_VARIABLES: dict[DatasetKind, dict[str, tuple[str, ...]]] = {
         "val_loss": ("rules", "clipping", "learning_rate", "evaluation_step"),
         "grad_norm": ("rules", "clipping", "learning_rate", "step"),
         "diverged": ("rules", "clipping", "learning_rate"),
-        "seconds": (),
-        "tokens": (),
     },
 }
+JOB_VARIABLES = {kind: variables | COSTS for kind, variables in _OWN_VARIABLES.items()}
 
 JOB_COORDINATES = ("growth", "optimizer", "width", "seed")  # scalars in a job file, dimensions in a dataset
 
@@ -103,8 +105,12 @@ DESCRIPTIONS: dict[str, tuple[str, str]] = {
     "val_loss": ("mean cross-entropy on the held-out batches", "nat/token"),
     "grad_norm": ("gradient norm that clipping compares, before clipping", "1"),
     "diverged": ("1 if a loss was not finite or the final loss exceeds the untrained model's", "1"),
-    "seconds": ("wall time of training in the job", "s"),
-    "tokens": ("tokens seen by each member", "token"),
+    "seconds": ("wall time of training and measuring in the job", "s"),
+    "joules": ("energy of the whole device in that time; NaN where it does not report it", "J"),
+    "members": ("models trained; rule sets that coincide share theirs", "1"),
+    "diverged_members": ("models whose training diverged, of `members`", "1"),
+    "tokens": ("tokens that each member went through forward and backward", "token"),
+    "evaluated_tokens": ("tokens that each member went through forward alone", "token"),
     "rms": ("root mean square on the probe batch", "1"),
     "change": ("root mean square of the difference from the init on the probe batch", "1"),
     "weight_rms": ("root mean square of the parameter", "1"),
@@ -181,6 +187,8 @@ def open_job(path: Path | str, kind: DatasetKind) -> xr.Dataset:
     absent = [name for name in JOB_COORDINATES if name not in job.coords]
     if absent or "settings_hash" not in job.attrs:
         raise UserError(f"{path}: lacks {', '.join(absent) or 'the attribute settings_hash'}; {cure}")
+    if kind == "lr_sweep" and bool(job.members.isnull()) and "settings" in job.attrs:
+        job = job.assign(_counted(job))
     return job
 
 
@@ -231,6 +239,8 @@ def _read(path: Path, kind: str, variables: Mapping[str, tuple[str, ...]], cure:
         dataset = xr.load_dataset(path, engine="h5netcdf")
     except Exception as error:  # h5py, h5netcdf and xarray each raise their own for a broken file
         raise UserError(f"{path}: not a readable netCDF-4 file ({type(error).__name__}); {cure}") from None
+    unreported = [name for name in COSTS if name not in dataset and set(variables[name]) <= dataset.sizes.keys()]
+    dataset = dataset.assign({name: _empty(variables[name], dataset.coords) for name in unreported})
     for name, dimensions in variables.items():
         if name not in dataset.data_vars:
             raise UserError(f"{path}: not a {kind} file: it has no variable `{name}`; {cure}")
@@ -238,6 +248,22 @@ def _read(path: Path, kind: str, variables: Mapping[str, tuple[str, ...]], cure:
             found = ", ".join(map(str, dataset[name].dims))
             raise UserError(f"{path}: `{name}` has dimensions ({found}), not ({', '.join(dimensions)}); {cure}")
     return dataset
+
+
+def _counted(sweep: xr.Dataset) -> dict[str, int]:
+    """The counts among `COSTS` of a sweep's file that has none, from its losses and settings.
+
+    Rule sets that coincide were trained once and have the same losses.
+    """
+    training = json.loads(sweep.attrs["settings"])["training"]
+    losses = sweep.train_loss.transpose("rules", ...).values
+    first = list({rules.tobytes(): i for i, rules in reversed(list(enumerate(losses)))}.values())
+    batch = training["batch_size"] * training["context_length"]
+    return {
+        "members": len(first) * sweep.sizes["learning_rate"],
+        "diverged_members": int(sweep.diverged.transpose("rules", ...).values[first].sum()),
+        "evaluated_tokens": sweep.sizes["evaluation_step"] * training["evaluation_batches"] * batch,
+    }
 
 
 def _job_of(dataset: xr.Dataset, kind: DatasetKind) -> Job:
@@ -288,8 +314,8 @@ def _labels(datasets: Sequence[xr.Dataset]) -> dict[str, np.ndarray]:
     return labels
 
 
-def _empty(dimensions: Sequence[str], labels: Mapping[str, np.ndarray], dtype: Any = np.float64) -> xr.DataArray:
-    coordinates = {name: labels[name] for name in dimensions}
+def _empty(dimensions: Sequence[str], labels: Mapping[Any, Any], dtype: Any = np.float64) -> xr.DataArray:
+    coordinates = {name: np.asarray(labels[name]) for name in dimensions}
     shape = [len(values) for values in coordinates.values()]
     return xr.DataArray(np.full(shape, np.nan, dtype), coords=coordinates, dims=list(dimensions))
 
@@ -301,7 +327,7 @@ def _position(dataset: xr.Dataset, dimensions: Iterable[str]) -> dict[str, Any]:
 def _stack(name: str, kind: DatasetKind, datasets: Sequence[xr.Dataset]) -> xr.DataArray:
     """One variable of all jobs: the outer join of their coordinates, NaN where nothing was run."""
     dimensions = _collected_dimensions(JOB_VARIABLES[kind][name])
-    dtype = np.float64 if name in ("seconds", "tokens") else np.float32  # float32 would round token counts
+    dtype = np.float64 if name in COSTS else np.float32  # float32 would round token counts
     stacked = _empty(dimensions, _labels(datasets), dtype)
     for dataset in datasets:
         stacked.loc[_position(dataset, dimensions)] = dataset[name].values

@@ -17,7 +17,7 @@ from gdn_mup.scaling.rules import RULE_SETS
 from gdn_mup.study.claims import Evidence, verdict_table
 from gdn_mup.study.files import replacing
 from gdn_mup.study.optimum import signed, transfers
-from gdn_mup.study.titles import GROWTH_TITLES, OPTIMIZER_TITLES, RULE_TITLES
+from gdn_mup.study.titles import GROWTH_TITLES, NOT_REPORTED, OPTIMIZER_TITLES, RULE_TITLES, with_unit
 
 
 def save(table: pd.DataFrame, stem: Path | str, printed: pd.DataFrame | None = None) -> None:
@@ -219,6 +219,40 @@ def printed_optima(table: pd.DataFrame) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+# Costs
+
+
+def printed_costs(table: pd.DataFrame) -> pd.DataFrame:
+    """`cost.costs` with units, and words where nothing was reported."""
+    rows = []
+    for row in table.itertuples():
+        joules = with_unit(row.joules, "J")
+        if 0 < row.jobs_with_joules < row.jobs:
+            joules += f" (of {row.jobs_with_joules} jobs)"
+        rows.append(
+            {
+                "jobs of": row.kind,
+                "growth by": GROWTH_TITLES.get(row.growth, ""),
+                "optimizer": OPTIMIZER_TITLES.get(row.optimizer, ""),
+                "width": row.width,
+                "jobs": str(row.jobs),
+                "runs": _count(row.members),
+                "diverged": _count(row.diverged),
+                "tokens": with_unit(row.tokens),
+                "FLOPs": with_unit(row.flops),
+                "time": with_unit(row.seconds, "s"),
+                "time of a job": with_unit(row.seconds_a_job, "s"),
+                "energy": joules,
+                "device": row.device,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _count(value: float) -> str:
+    return NOT_REPORTED if np.isnan(value) else f"{value:.0f}"
 
 
 # Verdicts

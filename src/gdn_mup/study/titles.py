@@ -1,5 +1,6 @@
-"""What growth modes, optimizers and rule sets are called in figures, tables and verdicts."""
+"""What growth modes, optimizers, rule sets and large numbers are called in figures, tables and verdicts."""
 
+import math
 from collections.abc import Iterable
 
 from gdn_mup.scaling.rules import RULE_SETS
@@ -7,6 +8,7 @@ from gdn_mup.scaling.rules import RULE_SETS
 GROWTH_TITLES = {"heads": "more heads", "head_dim": "larger heads"}
 OPTIMIZER_TITLES = {"adamw": "AdamW", "sgd": "SGD"}
 RULE_TITLES = {name: rules.title for name, rules in RULE_SETS.items()}
+NOT_REPORTED = "not reported"
 
 
 def named(found: Iterable[tuple[str, str]]) -> str:
@@ -18,3 +20,14 @@ def named(found: Iterable[tuple[str, str]]) -> str:
     for rules, names in optimizers.items():
         together.setdefault(tuple(names), []).append(rules)
     return "; ".join(f"{', '.join(rules)} ({', '.join(names)})" for names, rules in together.items())
+
+
+def with_unit(value: float, unit: str = "") -> str:
+    """Three digits and an SI prefix: `4.51 T`, `12.3 kJ`; seconds as they are; words for NaN."""
+    if math.isnan(value):
+        return NOT_REPORTED
+    if unit == "s":
+        return f"{value:,.0f} s" if value >= 100 else f"{value:.3g} s"
+    value = float(f"{value:.3g}")  # 999.9 is 1 k
+    power = min(max(math.floor(math.log10(value) / 3), 0), 6) if value > 0 else 0
+    return f"{value / 1000**power:.3g} {' kMGTPE'[power].strip()}{unit}".rstrip()

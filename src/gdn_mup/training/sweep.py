@@ -26,6 +26,7 @@ from gdn_mup.scaling.apply import ModelScaling, distinct_rules, scale_rule_sets
 from gdn_mup.training.checkpoint import Position, load_checkpoint, save_checkpoint
 from gdn_mup.training.clipping import norm_weights
 from gdn_mup.training.config import Clipping, OptimizerName, TrainingSettings
+from gdn_mup.training.energy import NOTHING, Meter, Spent
 from gdn_mup.training.interrupt import noted_signals
 from gdn_mup.training.optimizers import MemberOptimizer, Optimizer
 from gdn_mup.training.schedule import learning_rate_factor
@@ -61,7 +62,8 @@ class Curves(NamedTuple):
     evaluation_step: np.ndarray  # [E], updates done; from 0 to steps
     val_loss: np.ndarray  # [M, E]
     diverged: np.ndarray  # [M], bool
-    seconds: float
+    spent: Spent
+    evaluated_tokens: int  # of each member, in all evaluations
 
 
 def scaled_model(
@@ -196,6 +198,7 @@ def train(
     settings_hash: str = "",
     keep_checkpoint: bool = False,
     checkpoint_seconds: float = 120.0,
+    device: torch.device | str = "cpu",
     report: Report = silent,
     report_seconds: float = 0.25,
 ) -> Curves:
@@ -215,6 +218,7 @@ def train(
         checkpoint: written every `checkpoint_seconds`, and removed when training is complete.
         settings_hash: which settings the checkpoint belongs to.
         keep_checkpoint: leave a last one instead, from which the curves come at once, for the caller to remove.
+        device: whose energy is measured: that of the trainers.
         report: called with the updates done, counted over all members, at most every `report_seconds`, since
             a GPU is waited for each time, and after the last step of a group.
 
@@ -233,12 +237,13 @@ def train(
     }
     position = Position(trained_members=0, group_size=group_size, step=0)
     state: dict[str, Tensor] = {}
-    seconds_before = 0.0
+    before = NOTHING
     if checkpoint and (saved := load_checkpoint(checkpoint, settings_hash)):
         tensors, position = saved
         curves, state = _under("curves.", tensors), _under("group.", tensors)
-        seconds_before = float(tensors.pop("seconds"))
+        before = Spent(float(tensors.pop("seconds")), float(tensors.pop("joules", torch.tensor(torch.nan))))
         tensors.clear()
+    meter = Meter(device, before)
     began = last_saved = last_reported = time.monotonic()
     updates = 0  # since `began`, counted over members
 
@@ -246,7 +251,7 @@ def train(
         assert checkpoint
         tensors = {f"curves.{name}": curve for name, curve in curves.items()}
         tensors |= {f"group.{name}": tensor for name, tensor in state.items()}
-        tensors["seconds"] = torch.tensor(seconds_before + time.monotonic() - began, dtype=torch.float64)
+        tensors |= {name: torch.tensor(n, dtype=torch.float64) for name, n in meter.read()._asdict().items()}
         save_checkpoint(checkpoint, tensors, settings_hash, position)
 
     def train_group(position: Position, state: dict[str, Tensor]) -> None:
@@ -325,7 +330,8 @@ def train(
         evaluation_step=np.array(evaluation_step),
         val_loss=curves["val_loss"].numpy(),
         diverged=(~(final <= untrained)).numpy(),
-        seconds=seconds_before + time.monotonic() - began,
+        spent=meter.read(),
+        evaluated_tokens=len(evaluation_step) * held_out[..., 1:].numel(),
     )
 
 
