@@ -1,5 +1,6 @@
 """Studies with a known truth: job files whose loss curves and coordinate sizes are made up from formulae."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import xarray as xr
 
 from gdn_mup.study import datasets
 from gdn_mup.study.datasets import DatasetKind
-from gdn_mup.study.plan import ClippingCheck, Job, MultiplierCheck, Study, settings_hash
+from gdn_mup.study.plan import ClippingCheck, Job, Log2Ranges, MultiplierCheck, Study, Tuning, settings_hash
 
 BASE_WIDTH = 32
 BEST_AT_BASE = -5.3  # log₂ of the best learning rate at the base width, off the grid
@@ -57,6 +58,15 @@ def study(**changes: Any) -> Study:
         "clipping_checks": [
             adamw | {"optimizer": "sgd", "rules": ["gdn_mup"], "learning_rates": {"log2_first": -9, "log2_last": -1}}
         ],
+        "tunings": [
+            adamw
+            | {
+                "rules": ["gdn_mup"],
+                "learning_rates": {"log2_first": -6, "log2_last": -5},
+                "log2_ranges": dict.fromkeys(Log2Ranges.model_fields, (0, 0))
+                | {"embedding_learning_rate": (-3, 3), "readout_init": (-2, 2)},
+            }
+        ],
     }
     return Study.model_validate(sections | changes)
 
@@ -68,13 +78,24 @@ def job_file(
     best_at_base: float = BEST_AT_BASE,
     noise: float = 0.005,
     clippings: dict[str, tuple[float, float, float]] = CLIPPINGS,
+    penalty: float = 0.0,
+    transfers: bool = True,
 ) -> xr.Dataset:
-    """What a job of the study would have written."""
+    """What a job of the study would have written.
+
+    `penalty` is what a doubling of width costs `gdn_mup` in nats. If not `transfers`, the multiplier that helps at
+    the base width harms at others.
+    """
     random = np.random.default_rng([job.seed, job.width, len(job.optimizer)])
     if job.kind == "clipping":
         dataset = _clipping(plan, job, random, clippings, best_at_base, noise)
     else:
-        make = {"lr_sweep": _lr_sweep, "coordinates": _coordinates, "multiplier": _multiplier}[job.kind]
+        make = {
+            "lr_sweep": partial(_lr_sweep, penalty=penalty),
+            "coordinates": _coordinates,
+            "multiplier": _multiplier,
+            "tuning": partial(_tuning, penalty=penalty, transfers=transfers),
+        }[job.kind]
         dataset = make(plan, job, random, slopes, best_at_base, noise)
     dataset = dataset.assign({name: COSTS[name] for name in COSTS if name not in dataset})
     dataset = dataset.assign_coords(growth=job.growth, optimizer=job.optimizer, width=job.width, seed=job.seed)
@@ -88,8 +109,52 @@ def job_file(
     return dataset
 
 
+def _tuning(
+    plan: Study,
+    job: Job,
+    random: np.random.Generator,
+    slopes: dict[str, float],
+    best_at_base: float,
+    noise: float,
+    penalty: float,
+    transfers: bool,
+) -> xr.Dataset:
+    """The embedding's learning rate is best at four times its default, by 0.24 nats; the readout's init is idle."""
+    tuning = plan.experiment_of(job)
+    assert isinstance(tuning, Tuning)
+    rates = np.array(tuning.learning_rates.values)
+    multipliers = np.array([list(trial.values()) for trial in tuning.multipliers])
+    embedding = np.log2(multipliers[:, list(tuning.multipliers[0]).index("embedding_learning_rate")])
+    best = 2.0 if transfers or job.width == BASE_WIDTH else -2.0
+    gain = 0.06 * (best**2 - (embedding - best) ** 2)
+    doublings = np.log2(job.width / BASE_WIDTH)
+    final = 3.4 - (0.12 - penalty) * doublings - gain[:, None] + excess_loss(np.log2(rates) - best_at_base)
+    final = final + random.normal(0, 0.01) + random.normal(0, noise, final.shape)
+    member = ("rules", "trial", "learning_rate")
+    return xr.Dataset(
+        {
+            "final_loss": (member, final[None].repeat(len(tuning.rules), 0).astype(np.float32)),
+            "diverged": (member, np.zeros((len(tuning.rules), *final.shape), np.int8)),
+            "multipliers": (("trial", "hyperparameter"), multipliers),
+            "seconds": 12.5,
+        },
+        coords={
+            "rules": list(tuning.rules),
+            "trial": np.arange(tuning.trials),
+            "learning_rate": rates,
+            "hyperparameter": list(tuning.multipliers[0]),
+        },
+    )
+
+
 def _lr_sweep(
-    plan: Study, job: Job, random: np.random.Generator, slopes: dict[str, float], best_at_base: float, noise: float
+    plan: Study,
+    job: Job,
+    random: np.random.Generator,
+    slopes: dict[str, float],
+    best_at_base: float,
+    noise: float,
+    penalty: float = 0.0,
 ) -> xr.Dataset:
     sweep = plan.experiment_of(job)
     training = plan.training_of(sweep)
@@ -107,6 +172,7 @@ def _lr_sweep(
     for i, rules in enumerate(sweep.rules):
         octaves = np.log2(rates) - best_at_base - slopes[rules] * doublings
         final = 3.4 - 0.12 * doublings + excess_loss(octaves) + seed_offset + drawn[i]
+        final = final + penalty * doublings * (rules == "gdn_mup")
         for j in range(len(rates)):
             decay = np.exp(-6 * steps / training.steps)
             train[i, j] = final[j] + (6.2 - final[j]) * decay + random.normal(0, 0.02, len(steps))

@@ -54,6 +54,17 @@ STUDY = {
             "training": {"clip_norm": 0.5},
         }
     ],
+    "tunings": [
+        {
+            "growth": "heads",
+            "optimizer": "adamw",
+            "rules": ["sp", "gdn_mup"],
+            "widths": [16, 32],
+            "seeds": [0],
+            "learning_rates": {"log2_first": -6, "log2_last": -6},
+            "trials": 3,
+        }
+    ],
     "sweeps": [
         {
             "growth": "heads",
@@ -91,6 +102,7 @@ def made(study: Path) -> dict[str, Path]:
         "coordinates": ("coordinates", "sgd"),
         "multiplier": ("multiplier", "adamw"),
         "clipping": ("clipping", "sgd"),
+        "tuning": ("tune", "adamw"),
     }
     for kind, (command, optimizer) in commands.items():
         jobs = []
@@ -157,6 +169,19 @@ def test_clipping_checks_become_a_dataset(made: dict[str, Path]) -> None:
     np.testing.assert_allclose(ratio.sel(rules="sp"), 1, rtol=1e-6)
     assert (dataset.tokens == 4 * 2 * 16).all() and (dataset.seconds > 0).all()
     assert dataset.members.values.ravel().tolist() == [9, 18]
+
+
+def test_searches_become_a_dataset(made: dict[str, Path]) -> None:
+    dataset = open_dataset(made["tuning"], "tuning").squeeze(["growth", "optimizer", "seed"], drop=True)
+    assert dict(dataset.final_loss.sizes) == {"rules": 2, "width": 2, "trial": 3, "learning_rate": 1}
+    assert np.isfinite(dataset.final_loss).all() and (dataset.diverged == 0).all()
+    # Rule sets coincide at the base width; every other model is one of its own.
+    assert [len(np.unique(dataset.final_loss.sel(width=width))) for width in (16, 32)] == [3, 6]
+    assert (dataset.multipliers.sel(width=16) == dataset.multipliers.sel(width=32)).all()
+    # Trial 0 is what a sweep trains at that learning rate.
+    swept = open_dataset(made["lr_sweep"], "lr_sweep").val_loss.squeeze(drop=True)
+    untuned = dataset.final_loss.sel(trial=0).squeeze(drop=True)
+    np.testing.assert_allclose(untuned, swept.sel(learning_rate=2.0**-6, evaluation_step=4), rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", SECTIONS)

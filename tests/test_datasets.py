@@ -15,13 +15,14 @@ from gdn_mup.study.plan import SECTIONS, Study
 
 @pytest.fixture(scope="module")
 def plan() -> Study:
-    """Two widths and two seeds of one experiment of each kind: sixteen small files."""
+    """Two widths and two seeds of one experiment of each kind: four small files of each."""
     small = {"growth": "heads", "optimizer": "adamw", "rules": ["sp", "mup"], "widths": [32, 64], "seeds": [0, 1]}
     return study(
         sweeps=[small | {"learning_rates": {"log2_first": -8, "log2_last": -4}}],
         coordinate_checks=[small | {"learning_rate": 0.01}],
         multiplier_checks=[small | {"learning_rate": 0.01}],
         clipping_checks=[small | {"learning_rates": {"log2_first": -8, "log2_last": -4}}],
+        tunings=[small | {"learning_rates": {"log2_first": -6, "log2_last": -5}, "trials": 4}],
     )
 
 

@@ -59,14 +59,21 @@ def both_modes() -> xr.Dataset:
 
 
 @pytest.fixture(scope="module")
+def tuning() -> xr.Dataset:
+    return in_memory(study(), "tuning")
+
+
+@pytest.fixture(scope="module")
 def drawings(
     lr_sweep: xr.Dataset,
     both_modes: xr.Dataset,
     coordinates: xr.Dataset,
     multiplier: xr.Dataset,
     clipping: xr.Dataset,
+    tuning: xr.Dataset,
 ) -> dict[str, figures.Drawing]:
     return {
+        "base_width_tuning": figures.base_width_tuning(tuning),
         "clipping": figures.clipping_against_width(clipping),
         "coordinate_check": figures.coordinate_check(coordinates),
         "growth_modes": figures.growth_modes(both_modes),
@@ -122,12 +129,24 @@ def test_titles_state_what_was_found(drawings: dict[str, figures.Drawing]) -> No
     assert "The optimum moves with width: SP (AdamW, SGD)." in title
     assert "Movement not established: μP (transformer), Liu & Gu, gdn-mup (AdamW, SGD)." in title
     assert "Not so at every width: SP (AdamW, SGD)." in title_of(drawings["training_curves"])
+    assert "tuned at width 32 lower the loss there by 0.24 nats, and at" in title_of(drawings["base_width_tuning"])
 
 
 def test_titles_follow_the_data() -> None:
     moved = in_memory(study(), "lr_sweep", slopes=SLOPES | {"sp": 0.0, "gdn_mup": -1.0})
     assert "The optimum moves with width: gdn-mup (AdamW, SGD)." in title_of(figures.optimum_vs_width(moved))
     assert "gdn-mup −1.0" in title_of(figures.lr_transfer(moved, "adamw"))
+    harmful = figures.base_width_tuning(in_memory(study(), "tuning", transfers=False))
+    assert "that gain 0.24 nats at width 32 lose at width 128: −0" in title_of(harmful)
+
+
+def test_a_search_is_drawn_with_one_seed_and_with_a_trial_that_diverges(tuning: xr.Dataset) -> None:
+    one_seed = figures.base_width_tuning(tuning.sel(seed=[0]))
+    assert "nan" not in title_of(one_seed) and np.isnan(one_seed.table.gain_low).all()
+    diverged = tuning.diverged.where(tuning.trial != 3, 1)
+    drawn = figures.base_width_tuning(tuning.assign(diverged=diverged))
+    assert np.isneginf(drawn.table.gain[drawn.table.trial == 3]).all()
+    assert len(drawn.figure.axes[1].lines) == len(one_seed.figure.axes[1].lines) - 1
 
 
 def test_wider_is_darker() -> None:
@@ -475,6 +494,7 @@ def test_notebook_runs_by_itself(
     coordinates: xr.Dataset,
     multiplier: xr.Dataset,
     clipping: xr.Dataset,
+    tuning: xr.Dataset,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -493,6 +513,8 @@ def test_notebook_runs_by_itself(
         datasets.write(multiplier, tmp_path / "results/laptop/datasets/multiplier.nc")
     if "clipping =" in code[0]:
         datasets.write(clipping, tmp_path / "results/laptop/datasets/clipping.nc")
+    if "tuning =" in code[0]:
+        datasets.write(tuning, tmp_path / "results/laptop/datasets/tuning.nc")
     names: dict[str, Any] = {}
     for cell in code:
         exec(cell, names)
@@ -501,7 +523,7 @@ def test_notebook_runs_by_itself(
 
 
 def test_study_never_imports_torch() -> None:
-    modules = "figures, tables, claims, optimum, datasets, multiplier"
+    modules = "figures, tables, claims, optimum, datasets, multiplier, tuning"
     code = f"import sys; from gdn_mup.study import {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

@@ -9,7 +9,7 @@ from workflow_copy import ROOT
 
 from gdn_mup.errors import UserError
 from gdn_mup.model.config import model_shape
-from gdn_mup.study.plan import SECTIONS, LearningRateGrid, load_study, settings_hash
+from gdn_mup.study.plan import SECTIONS, LearningRateGrid, Log2Ranges, load_study, settings_hash
 
 STUDIES = sorted((ROOT / "config/studies").glob("*.yaml"))
 SMOKE = ROOT / "config/studies/smoke.yaml"
@@ -46,6 +46,7 @@ def test_grids_are_in_octaves() -> None:
     assert len(LearningRateGrid(log2_first=-3, log2_last=0, log2_step=0.5).values) == 7
 
 
+NO_RANGES = {name: [0, 0] for name in Log2Ranges.model_fields}
 WRONG = {
     "unknown key": ({"training": {"stpes": 5}}, "training.stpes: unknown key"),
     "unknown section": ({"sweep": []}, "sweep: unknown key"),
@@ -72,6 +73,16 @@ WRONG = {
         {"clipping_checks": {0: {"training": {"clipping": "none"}}}},
         "clipping_checks[0].training: clipping 'none' has no effect here",
     ),
+    "a range that falls": (
+        {"tunings": {0: {"log2_ranges": {"gate_init": [1, 0]}}}},
+        "tunings[0].log2_ranges.gate_init: ",
+    ),
+    "an unknown multiplier": (
+        {"tunings": {0: {"log2_ranges": {"conv_init": [0, 1]}}}},
+        "tunings[0].log2_ranges.conv_in",
+    ),
+    "a search for nothing": ({"tunings": {0: {"log2_ranges": NO_RANGES}}}, "tunings[0].log2_ranges: nothing is tuned"),
+    "one trial": ({"tunings": {0: {"trials": 1}}}, "tunings[0].trials: 1"),
     "a seed named twice": ({"sweeps": {0: {"seeds": [1, 1]}}}, "sweeps[0].seeds: named twice"),
 }
 

@@ -18,7 +18,7 @@ STUDIES = sorted(path.stem for path in (ROOT / "config/studies").glob("*.yaml"))
 FIGURES = {
     *("coordinate_check", "predicted_exponents", "gate_gradients", "norm_epsilon", "clipping"),
     *("lr_transfer_adamw", "lr_transfer_sgd", "optimum_vs_width", "loss_vs_width", "training_curves"),
-    *("growth_modes", "published_losses"),
+    *("growth_modes", "published_losses", "base_width_tuning"),
 }
 TABLES = {"scaling_rules", "optima", "verdicts", "cost"}
 
@@ -47,6 +47,7 @@ def test_a_dry_run_plans_every_job_of_the_study(workflow: WorkflowCopy, study: s
     assert planned["coordinate_check"] == len(plan.jobs("coordinates"))
     assert planned["multiplier"] == len(plan.jobs("multiplier"))
     assert planned["clipping"] == len(plan.jobs("clipping"))
+    assert planned["tuning"] == len(plan.jobs("tuning"))
     assert planned["figure_lr_transfer"] == len({sweep.optimizer for sweep in plan.sweeps})
     assert sum(n for rule, n in planned.items() if rule.startswith("table_")) == len(TABLES)
 
@@ -63,7 +64,7 @@ def test_one_figure_needs_only_its_own_dataset(workflow: WorkflowCopy):
 def test_a_study_without_sgd_asks_for_no_sgd_figure(workflow: WorkflowCopy):
     study = yaml.safe_load((workflow.folder / "config/studies/smoke.yaml").read_text())
     study["sweeps"] = [sweep for sweep in study["sweeps"] if sweep["optimizer"] == "adamw"]
-    study["coordinate_checks"] = study["multiplier_checks"] = study["clipping_checks"] = []
+    study["coordinate_checks"] = study["multiplier_checks"] = study["clipping_checks"] = study["tunings"] = []
     (workflow.folder / "config/studies/adamw_only.yaml").write_text(yaml.safe_dump(study))
     planned = workflow.planned("--config", "study=adamw_only")
     assert planned["figure_lr_transfer"] == 1
@@ -71,6 +72,7 @@ def test_a_study_without_sgd_asks_for_no_sgd_figure(workflow: WorkflowCopy):
     assert planned["multiplier"] == planned["figure_norm_epsilon"] == 0
     assert planned["clipping"] == planned["figure_clipping"] == 0
     assert planned["figure_growth_modes"] == 1
+    assert planned["tuning"] == planned["figure_base_width_tuning"] == 0
     assert "lr_transfer_sgd" not in workflow.snakemake("-n", "--config", "study=adamw_only").stdout
 
 

@@ -35,7 +35,7 @@ app = typer.Typer(
 )
 
 # Kinds of jobs; a coordinate check measures in float32, sizes as small as a gate's gradient.
-TRAINED_BY_KERNELS = ("lr_sweep", "clipping")
+TRAINED_BY_KERNELS = ("lr_sweep", "clipping", "tuning")
 OLDEST_GPU = (8, 0)  # compute capability: Ampere, the first with bfloat16 matrix products
 
 StudyFile = Annotated[Path, typer.Option("--study", help="Study file, such as config/studies/laptop.yaml.")]
@@ -45,6 +45,12 @@ GrowthOption = Annotated[str, typer.Option(help="`heads` or `head_dim`: what gro
 OptimizerOption = Annotated[str, typer.Option(help="`adamw` or `sgd`.")]
 WidthOption = Annotated[int, typer.Option(help="Width of the residual stream.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of the init and of the order of the data.")]
+Checkpoint = Annotated[
+    Path | None, typer.Option(help="Where a killed job leaves off and goes on; beside the output by default.")
+]
+CheckpointSeconds = Annotated[
+    float, typer.Option(min=0, help="Seconds between checkpoints: what a job that is killed loses at most.")
+]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; the libraries' own choice by default.")]
 Device = Annotated[str, typer.Option(help="`cpu`, `cuda`, or `auto`: an NVIDIA GPU if there is one.")]
 
@@ -76,16 +82,17 @@ def plan(study: StudyFile) -> None:
     """List the jobs that a study asks for, with the members that each trains side by side."""
     from rich.table import Table
 
-    from gdn_mup.study.plan import SECTIONS, ClippingCheck, Sweep, load_study, settings_hash
+    from gdn_mup.study.plan import SECTIONS, ClippingCheck, Sweep, Tuning, load_study, settings_hash
 
     loaded = load_study(study)
     table = Table("kind", "growth", "optimizer", "width", "seed", "members", "steps", "settings", title=str(study))
     for kind in SECTIONS:
         for job in loaded.jobs(kind):
             experiment = loaded.experiment_of(job)
-            if isinstance(experiment, Sweep):
+            if isinstance(experiment, Sweep | Tuning):
                 members = len(experiment.rules) * len(experiment.learning_rates.values)
                 members *= len(experiment.clippings) if isinstance(experiment, ClippingCheck) else 1
+                members *= experiment.trials if isinstance(experiment, Tuning) else 1
                 steps = loaded.training_of(experiment).steps
             else:
                 members, steps = len(experiment.rules), max(experiment.steps)
@@ -151,13 +158,8 @@ def sweep(
     width: WidthOption,
     seed: SeedOption,
     output: Output,
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(help="Where a killed job leaves off and goes on; beside the output by default."),
-    ] = None,
-    checkpoint_seconds: Annotated[
-        float, typer.Option(min=0, help="Seconds between checkpoints: what a job that is killed loses at most.")
-    ] = 120.0,
+    checkpoint: Checkpoint = None,
+    checkpoint_seconds: CheckpointSeconds = 120.0,
     threads: Threads = None,
     device: Device = "auto",
 ) -> None:
@@ -182,7 +184,51 @@ def sweep(
             settings_hash=settings_hash(settings),
             checkpoint_seconds=checkpoint_seconds,
         )
-    _write_job(swept, job, settings, ready, output)
+    _write_job(swept.isel(trial=0), job, settings, ready, output)
+
+
+@app.command()
+def tune(
+    study: StudyFile,
+    corpus: CorpusFolder,
+    growth: GrowthOption,
+    optimizer: OptimizerOption,
+    width: WidthOption,
+    seed: SeedOption,
+    output: Output,
+    checkpoint: Checkpoint = None,
+    checkpoint_seconds: CheckpointSeconds = 120.0,
+    threads: Threads = None,
+    device: Device = "auto",
+) -> None:
+    """Train every trial of a random search over multipliers at one width, side by side, on the same batches."""
+    import pandas as pd
+
+    from gdn_mup.progress import progress
+    from gdn_mup.study.datasets import JOB_VARIABLES
+    from gdn_mup.study.plan import Job, Tuning, load_study, settings_hash
+
+    loaded = load_study(study)
+    job = Job("tuning", growth, optimizer, width, seed)  # type: ignore[arg-type]
+    tuning = loaded.experiment_of(job)
+    assert isinstance(tuning, Tuning)
+    settings = loaded.settings_of(job)
+    ready = _prepare(loaded, job, corpus, threads, device)
+    with progress(_title(job), 1) as report:
+        trained = _sweep(
+            ready,
+            job,
+            tuning.learning_rates.values,
+            loaded.training_of(tuning),
+            report,
+            checkpoint=checkpoint or output.with_name(f".{output.name}.checkpoint"),
+            settings_hash=settings_hash(settings),
+            checkpoint_seconds=checkpoint_seconds,
+        )
+    multipliers = pd.DataFrame(tuning.multipliers).rename_axis(index="trial", columns="hyperparameter")
+    final = trained.val_loss.isel(evaluation_step=-1, drop=True).where(trained.diverged == 0)
+    dataset = trained.assign(final_loss=final, multipliers=multipliers)
+    _write_job(dataset[list(JOB_VARIABLES["tuning"])], job, settings, ready, output)
 
 
 @app.command()
@@ -328,7 +374,8 @@ def clipping(
             training = loaded.training_of(check).model_copy(update={"clipping": name})
             # Kept until the file is written: a killed job does not repeat the clippings that are done.
             kept = {"checkpoint": checkpoint, "settings_hash": settings_hash(settings), "keep_checkpoint": True}
-            swept.append(_sweep(ready, job, rates, training, _part_of(report, len(swept), name), **kept))
+            part = _sweep(ready, job, rates, training, _part_of(report, len(swept), name), **kept)
+            swept.append(part.isel(trial=0))
     dataset = xr.concat(swept, xr.Variable("clipping", list(check.clippings)))
     # Every member has its own tokens, and the rest adds up.
     spent = {name: dataset[name].sum(skipna=False) for name in COSTS} | {
@@ -343,7 +390,7 @@ def clipping(
 @app.command("warm-up")
 def warm_up(
     study: Annotated[
-        Path | None, typer.Option("--study", help="Compile the kernels of every sweep of this study.")
+        Path | None, typer.Option("--study", help="Compile the kernels of every sweep and search of this study.")
     ] = None,
     pack: Annotated[Path | None, typer.Option(help="Write this machine's compiled kernels to this file.")] = None,
     unpack: Annotated[Path | None, typer.Option(help="First add the kernels of such a file to this machine's.")] = None,
@@ -388,7 +435,7 @@ def warm_up(
 @app.command()
 def collect(
     study: StudyFile,
-    kind: Annotated[str, typer.Option(help="`lr_sweep`, `coordinates`, `multiplier` or `clipping`.")],
+    kind: Annotated[str, typer.Option(help="`lr_sweep`, `coordinates`, `multiplier`, `clipping` or `tuning`.")],
     output: Output,
     jobs: Annotated[list[Path], typer.Argument(help="Job files of that kind.")],
 ) -> None:
@@ -432,6 +479,7 @@ def _prepare(study: "Study", job: "Job", corpus: Path, threads: int | None, devi
     import torch
 
     from gdn_mup.corpus.tokens import TokenFile
+    from gdn_mup.study.plan import Tuning
     from gdn_mup.study.provenance import processor
     from gdn_mup.training.sweep import Trainer, members_in_cache, scaled_model
 
@@ -443,6 +491,8 @@ def _prepare(study: "Study", job: "Job", corpus: Path, threads: int | None, devi
     experiment = study.experiment_of(job)
     training = study.training_of(experiment)
     scaled = scaled_model(study.model, job.width, job.growth, tokens.vocabulary_size, experiment.rules, job.optimizer)
+    if isinstance(experiment, Tuning):
+        scaled = scaled._replace(trials=experiment.multipliers)
     trainer = Trainer
     if cuda and job.kind in TRAINED_BY_KERNELS:
         from gdn_mup.training.gpu import GpuTrainer
@@ -498,7 +548,10 @@ def _sweep(
     report: "Report",
     **options: Any,
 ) -> "xr.Dataset":
-    """Train every rule set and learning rate of a job; `report` is told the share that is done, `train` the options."""
+    """Train every rule set, trial and learning rate of a job.
+
+    `report` is told the share that is done, and `train` is given the options.
+    """
     from functools import partial
 
     from gdn_mup.training.sweep import distinct_members, train
@@ -516,7 +569,8 @@ def _sweep(
         report=lambda done, status="": report(done / updates, status),
         **options,
     )
-    return _sweep_dataset(curves, members, stands_for, learning_rates, training)
+    trials = len(ready.scaled.trials)
+    return _sweep_dataset(curves, members, stands_for, trials, learning_rates, training)
 
 
 def _part_of(report: "Report", before: int, name: str) -> "Report":
@@ -525,16 +579,26 @@ def _part_of(report: "Report", before: int, name: str) -> "Report":
 
 
 def _sweep_dataset(
-    curves: Any, members: Any, stands_for: dict[str, str], learning_rates: tuple[float, ...], training: Any
+    curves: Any,
+    members: Any,
+    stands_for: dict[str, str],
+    trials: int,
+    learning_rates: tuple[float, ...],
+    training: Any,
 ) -> "xr.Dataset":
-    """Curves by (rules, learning_rate): a rule set that coincides with another gets that one's members."""
+    """Curves by (rules, trial, learning_rate): a rule set that coincides with another gets that one's members."""
     import numpy as np
     import xarray as xr
 
     position = {member: row for row, member in enumerate(members)}
-    rows = np.array([[position[trained, rate] for rate in learning_rates] for trained in stands_for.values()])
+    rows = np.array(
+        [
+            [[position[trained, rate, trial] for rate in learning_rates] for trial in range(trials)]
+            for trained in stands_for.values()
+        ]
+    )
     steps = np.arange(1, training.steps + 1)
-    member = ("rules", "learning_rate")
+    member = ("rules", "trial", "learning_rate")
     return xr.Dataset(
         {
             "train_loss": ((*member, "step"), curves.train_loss[rows]),

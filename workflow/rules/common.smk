@@ -18,8 +18,8 @@ os.environ.update(PATH=os.pathsep.join([os.path.dirname(sys.executable), os.envi
 # Snakemake hands this on as OMP_NUM_THREADS and its kin.
 TRAINING_THREADS = 1
 
-KINDS = ("lr_sweep", "coordinates", "multiplier", "clipping")  # of experiments, and of their datasets
-EVIDENCE = KINDS[:3]  # what the claims are judged on
+KINDS = ("lr_sweep", "coordinates", "multiplier", "tuning", "clipping")  # of experiments, and of their datasets
+EVIDENCE = KINDS[:4]  # what the claims are judged on
 
 
 wildcard_constraints:
@@ -158,6 +158,8 @@ def get_products(name: str) -> list[str]:
         figures += ["norm_epsilon"]
     if study.clipping_checks:
         figures += ["clipping"]
+    if study.tunings:
+        figures += ["base_width_tuning"]
     if study.sweeps:
         figures += [f"lr_transfer_{sweep.optimizer}" for sweep in study.sweeps]
         figures += ["optimum_vs_width", "loss_vs_width", "training_curves", "published_losses"]

@@ -57,6 +57,23 @@ use rule collect_lr_sweep as collect_clipping with:
         "Dataset of every clipping check of study {wildcards.study}"
 
 
+use rule collect_lr_sweep as collect_tuning with:
+    input:
+        jobs=get_job_files("tuning"),
+        code="src/gdn_mup/study/datasets.py",
+    output:
+        "results/{study}/datasets/tuning.nc",
+    log:
+        "results/{study}/logs/datasets/tuning.log",
+    benchmark:
+        "results/{study}/benchmarks/datasets/tuning.tsv"
+    params:
+        study="config/studies/{study}.yaml",
+        kind="tuning",
+    message:
+        "Dataset of every search over multipliers of study {wildcards.study}"
+
+
 use rule collect_lr_sweep as collect_coordinates with:
     input:
         jobs=get_job_files("coordinates"),

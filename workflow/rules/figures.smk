@@ -88,6 +88,33 @@ use rule figure_coordinate_check as figure_clipping with:
         "Figure of study {wildcards.study}: gradient clipping against width"
 
 
+use rule figure_coordinate_check as figure_base_width_tuning with:
+    input:
+        notebook="notebooks/base_width_tuning.ipynb",
+        tuning="results/{study}/datasets/tuning.nc",
+        code=[
+            "src/gdn_mup/study/figures/style.py",
+            "src/gdn_mup/study/figures/tuning.py",
+            "src/gdn_mup/study/tuning.py",
+        ],
+    output:
+        svg=report(
+            "results/{study}/figures/base_width_tuning.svg",
+            caption="../report/base_width_tuning.rst",
+            category="Figures",
+            labels={"figure": "Tuning at the base width"},
+        ),
+        png="results/{study}/figures/base_width_tuning.png",
+        csv="results/{study}/figures/base_width_tuning.csv",
+        notebook="results/{study}/notebooks/base_width_tuning.ipynb",
+    log:
+        "results/{study}/logs/figures/base_width_tuning.log",
+    benchmark:
+        "results/{study}/benchmarks/figures/base_width_tuning.tsv"
+    message:
+        "Figure of study {wildcards.study}: tuning at the base width"
+
+
 use rule figure_coordinate_check as figure_lr_transfer with:
     input:
         notebook="notebooks/lr_transfer_{optimizer}.ipynb",

@@ -62,7 +62,8 @@ use rule table_scaling_rules as table_verdicts with:
         unpack(get_datasets(EVIDENCE)),
         notebook="notebooks/verdicts.ipynb",
         code=multiext(
-            "src/gdn_mup/study/", "claims.py", "cost.py", "optimum.py", "exponents.py", "multiplier.py", "tables.py"
+            "src/gdn_mup/study/",
+            *("claims.py", "cost.py", "optimum.py", "exponents.py", "multiplier.py", "tuning.py", "tables.py"),
         ),
     output:
         csv="results/{study}/tables/verdicts.csv",

@@ -21,6 +21,7 @@ from gdn_mup.model import operations
 from gdn_mup.model.config import InitialScale, ModelShape
 from gdn_mup.scaling.apply import ModelScaling
 from gdn_mup.scaling.growth import ParameterInfo, Part
+from gdn_mup.scaling.rules import Scaling
 
 Record = Callable[[str, int, Tensor], None]
 USUAL_STD = 0.02  # `initializer_range` of fla's models, as of GPT-2
@@ -257,6 +258,26 @@ def _record_at(record: Record, layer: int, quantity: str, activation: Tensor) ->
     record(quantity, layer, activation)
 
 
+def multiplied(
+    scaling: ModelScaling, table: Mapping[str, ParameterInfo], multipliers: Mapping[str, float]
+) -> ModelScaling:
+    """The scaling of a rule set with constants, the same at every width, on top.
+
+    `multipliers` are named `<group>_init` and `<group>_learning_rate`, a group being a field of `InitialScale`; those
+    absent are 1. Weight decay stays as it is, so that decoupled decay, learning rate × weight decay, follows
+    the learning rate, as it does under any other change of it.
+    """
+
+    def of(name: str, info: ParameterInfo) -> Scaling:
+        rule, group = scaling.parameters[name], _group(name, info.part)
+        return rule._replace(
+            init_std=rule.init_std * multipliers.get(f"{group}_init", 1.0),
+            learning_rate=rule.learning_rate * multipliers.get(f"{group}_learning_rate", 1.0),
+        )
+
+    return scaling._replace(parameters={name: of(name, info) for name, info in table.items()})
+
+
 @torch.no_grad()
 def initialize(
     model: LanguageModel, base: ModelShape, scale: InitialScale, members: Sequence[ModelScaling], seed: int
@@ -310,16 +331,18 @@ def _draw(
             return step + torch.log(-torch.expm1(-step))
         case Part.EMBEDDING:
             std = scale.embedding
-        case Part.READOUT:
-            std = scale.readout / math.sqrt(base.fan_in)
-        case Part.GATE_PROJECTION:
-            std = scale.gate / math.sqrt(base.fan_in)
         case Part.SHORT_CONV:
             std = 1 / math.sqrt(base.fan_in)
-        case Part.HIDDEN:
-            writes_residual = name.endswith((".o", ".mlp_down"))
-            std = (scale.residual if writes_residual else scale.hidden) / math.sqrt(base.fan_in)
+        case _:
+            std = getattr(scale, _group(name, base.part)) / math.sqrt(base.fan_in)
     return torch.randn(shape, generator=generator) * std
+
+
+def _group(name: str, part: Part) -> str:
+    """The field of `InitialScale` that a parameter falls under; empty for gains, gate scalars, short convolutions."""
+    if part is Part.HIDDEN:
+        return "residual" if name.endswith((".o", ".mlp_down")) else "hidden"
+    return {Part.EMBEDDING: "embedding", Part.READOUT: "readout", Part.GATE_PROJECTION: "gate"}.get(part, "")
 
 
 def _stream(seed: int, name: str) -> int:

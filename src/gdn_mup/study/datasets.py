@@ -16,10 +16,10 @@ import xarray as xr
 
 from gdn_mup.errors import UserError
 from gdn_mup.model.config import GrowthMode, InitName, KernelScale
-from gdn_mup.study.plan import Job, RuleSetName, Study, settings_hash
+from gdn_mup.study.plan import Job, Log2Ranges, RuleSetName, Study, settings_hash
 from gdn_mup.training.config import Clipping, OptimizerName
 
-DatasetKind = Literal["lr_sweep", "coordinates", "multiplier", "clipping"]
+DatasetKind = Literal["lr_sweep", "coordinates", "multiplier", "clipping", "tuning"]
 
 _CONDITION = ("rules", "init", "kernel_scale", "epsilon", "step")  # of a model with and without the multiplier
 
@@ -60,15 +60,21 @@ _OWN_VARIABLES: dict[DatasetKind, dict[str, tuple[str, ...]]] = {
         "grad_norm": ("rules", "clipping", "learning_rate", "step"),
         "diverged": ("rules", "clipping", "learning_rate"),
     },
+    "tuning": {
+        "final_loss": ("rules", "trial", "learning_rate"),
+        "diverged": ("rules", "trial", "learning_rate"),
+        "multipliers": ("trial", "hyperparameter"),
+        "seconds": (),
+    },
 }
 JOB_VARIABLES = {kind: variables | COSTS for kind, variables in _OWN_VARIABLES.items()}
 
 JOB_COORDINATES = ("growth", "optimizer", "width", "seed")  # scalars in a job file, dimensions in a dataset
 
 DIMENSION_ORDER = (
-    *("growth", "optimizer", "rules", "width", "seed", "clipping", "learning_rate"),
+    *("growth", "optimizer", "rules", "width", "seed", "clipping", "trial", "learning_rate"),
     *("init", "kernel_scale", "epsilon", "step", "evaluation_step"),
-    *("layer", "quantity", "parameter"),
+    *("layer", "quantity", "parameter", "hyperparameter"),
 )
 
 # Named values keep the order in which the study file's types list them; numbers ascend.
@@ -79,6 +85,7 @@ NAME_ORDER: dict[str, tuple[str, ...]] = {
     "clipping": get_args(Clipping),
     "init": get_args(InitName),
     "kernel_scale": get_args(KernelScale),
+    "hyperparameter": tuple(Log2Ranges.model_fields),
 }
 
 # name: (long_name, units). The one place where a variable or coordinate is described.
@@ -90,6 +97,7 @@ DESCRIPTIONS: dict[str, tuple[str, str]] = {
     "seed": ("seed of the init and of the order of the data", "1"),
     "clipping": ("norm by which gradients are clipped: none, the raw one, or the width-invariant one", "1"),
     "learning_rate": ("peak learning rate at the base width", "1"),
+    "trial": ("set of multipliers on a rule set's init and learning rates; in trial 0 all are 1", "1"),
     "init": ("initial standard deviations: the study's own, or 0.02 for every matrix at every width", "1"),
     "kernel_scale": ("what multiplies q in the delta rule: 1 or K^-1/2", "1"),
     "epsilon": ("ε of every RMSNorm", "1"),
@@ -98,11 +106,13 @@ DESCRIPTIONS: dict[str, tuple[str, str]] = {
     "layer": ("block, counted from 0; -1 outside the blocks", "1"),
     "quantity": ("activation or state", "1"),
     "parameter": ("parameter class", "1"),
+    "hyperparameter": ("init standard deviation or learning rate of a group of parameters", "1"),
     "train_loss": (
         "mean cross-entropy of the step's batch before its update; NaN from divergence on",
         "nat/token",
     ),
     "val_loss": ("mean cross-entropy on the held-out batches", "nat/token"),
+    "final_loss": ("mean cross-entropy on the held-out batches after training; NaN if diverged", "nat/token"),
     "grad_norm": ("gradient norm that clipping compares, before clipping", "1"),
     "diverged": ("1 if a loss was not finite or the final loss exceeds the untrained model's", "1"),
     "seconds": ("wall time of training and measuring in the job", "s"),
@@ -128,6 +138,7 @@ DESCRIPTIONS: dict[str, tuple[str, str]] = {
     "loss_change": ("change of the loss when the multiplier is inserted, same parameters", "nat/token"),
     "trained_loss_change": ("loss after training with the multiplier minus after training without", "nat/token"),
     "gradient_change": ("‖change of the gradient when the multiplier is inserted‖ / ‖gradient‖, same parameters", "1"),
+    "multipliers": ("factor on what a rule set gives, the same at every width", "1"),
     "class_gradient_change": ("`gradient_change` of one parameter class, all its layers together", "1"),
 }
 
@@ -343,6 +354,7 @@ def _attributes(datasets: Sequence[xr.Dataset], kind: str, study: Study, missing
             "coordinates": "Coordinate sizes of Gated Delta Networks over width",
             "multiplier": "Gated Delta Networks with and without a multiplier before the output norm",
             "clipping": "Learning-rate sweeps of Gated Delta Networks over width, by how gradients are clipped",
+            "tuning": "Random search over multipliers of Gated Delta Networks, the same trials at every width",
         }[kind],
         "kind": kind,
         "base_width": study.model.base_width,

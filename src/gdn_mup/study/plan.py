@@ -1,11 +1,12 @@
 """A study file becomes the list of jobs that it asks for.
 
 A *job* is one (growth, optimizer, width, seed); its *members*, trained together, are every
-(rule set, learning rate) of that sweep. Nothing here imports torch: the workflow reads plans all the time.
+(rule set, learning rate, trial) of that experiment. Nothing here imports torch: the workflow reads plans all the time.
 """
 
 import hashlib
 import json
+import random
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, get_args
 
@@ -26,6 +27,7 @@ SECTIONS = {
     "multiplier": "multiplier_checks",
     "clipping": "clipping_checks",
     "lr_sweep": "sweeps",
+    "tuning": "tunings",
 }
 
 
@@ -38,10 +40,8 @@ class LearningRateGrid(Settings):
 
     @model_validator(mode="after")
     def _increasing(self) -> Self:
-        if self.log2_last <= self.log2_first:
-            raise ValueError(
-                f"the grid must increase: log2_last {self.log2_last} is not above log2_first {self.log2_first}"
-            )
+        if self.log2_last < self.log2_first:
+            raise ValueError(f"the grid falls: log2_last {self.log2_last} is below log2_first {self.log2_first}")
         return self
 
     @property
@@ -157,6 +157,61 @@ class MultiplierCheck(Measurement):
         return values
 
 
+Log2Range = tuple[float, float]
+
+
+class Log2Ranges(Settings):
+    """Between which powers of 2 each multiplier is drawn; where both are 0 it is not tuned.
+
+    An `_init` multiplies the standard deviation that `model.initial_scale` gives, a `_learning_rate` the rule set's.
+    """
+
+    embedding_init: Log2Range = Field((-2.0, 2.0), description="Init of the embedding.")
+    embedding_learning_rate: Log2Range = Field((-2.0, 4.0), description="Learning rate of the embedding.")
+    hidden_init: Log2Range = Field((-3.0, 1.0), description="Init of q, k, v, g and the MLP's input matrices.")
+    hidden_learning_rate: Log2Range = Field((0.0, 0.0), description="Their learning rate.")
+    residual_init: Log2Range = Field((-3.0, 1.0), description="Init of the matrices that write to the residual stream.")
+    residual_learning_rate: Log2Range = Field((0.0, 0.0), description="Their learning rate.")
+    gate_init: Log2Range = Field((-2.0, 2.0), description="Init of the projections of α and β (W_a, W_b).")
+    gate_learning_rate: Log2Range = Field((0.0, 0.0), description="Their learning rate.")
+    readout_init: Log2Range = Field((-4.0, 1.0), description="Init of the readout, where embeddings are not tied.")
+    readout_learning_rate: Log2Range = Field((-1.0, 3.0), description="Its learning rate.")
+
+    @field_validator("*")
+    @classmethod
+    def _ascends(cls, ends: Log2Range) -> Log2Range:
+        if ends[1] < ends[0]:
+            raise ValueError(f"the range falls: {list(ends)}")
+        return ends
+
+    @model_validator(mode="after")
+    def _something_is_tuned(self) -> Self:
+        if all(low == high for _, (low, high) in self):
+            raise ValueError("nothing is tuned: give some multiplier a range")
+        return self
+
+
+class Tuning(Experiment):
+    """A random search over multipliers that no rule set fixes: the same trials at every width."""
+
+    rules: tuple[RuleSetName, ...] = Field(("gdn_mup",), min_length=1, description="Rule sets, trained side by side.")
+    learning_rates: LearningRateGrid
+    trials: int = Field(16, gt=1, description="Sets of multipliers; in trial 0 all are 1, the others are drawn.")
+    search_seed: int = Field(0, description="Seed of the draws; the number of trials does not change them.")
+    log2_ranges: Log2Ranges = Log2Ranges()
+
+    @property
+    def multipliers(self) -> tuple[dict[str, float], ...]:
+        """Every trial's multipliers by name, log-uniform in their ranges."""
+        # A stream for each multiplier: another range, or none, leaves the draws of the others as they are.
+        draws = {name: (ends, random.Random(f"{self.search_seed}/{name}")) for name, ends in self.log2_ranges}
+        drawn = [
+            {name: 2.0 ** stream.uniform(*ends) for name, (ends, stream) in draws.items()}
+            for _ in range(self.trials - 1)
+        ]
+        return (dict.fromkeys(draws, 1.0), *drawn)
+
+
 class Job(NamedTuple):
     """One training process and the one file that it writes."""
 
@@ -172,8 +227,11 @@ class Job(NamedTuple):
         return f"jobs/{self.kind}/{self.growth}_{self.optimizer}_width{self.width}_seed{self.seed}.nc"
 
 
+AnyExperiment = Sweep | CoordinateCheck | MultiplierCheck | Tuning
+
+
 class Study(Settings):
-    """A study file: one corpus, one model family, and its experiments: checks and learning-rate sweeps."""
+    """A study file: one corpus, one model family, and its experiments: checks, sweeps and searches."""
 
     corpus: CorpusSettings = CorpusSettings()
     model: ModelSettings = ModelSettings()
@@ -182,6 +240,7 @@ class Study(Settings):
     multiplier_checks: tuple[MultiplierCheck, ...] = ()
     clipping_checks: tuple[ClippingCheck, ...] = ()
     sweeps: tuple[Sweep, ...] = ()
+    tunings: tuple[Tuning, ...] = ()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -208,17 +267,17 @@ class Study(Settings):
                     raise ValueError(f"{where}.training.{_first_problem(error)}") from None
         return self
 
-    def experiments(self, kind: str) -> tuple[Sweep | CoordinateCheck | MultiplierCheck, ...]:
+    def experiments(self, kind: str) -> tuple[AnyExperiment, ...]:
         """The study's experiments whose jobs are of this kind."""
-        experiments: tuple[Sweep | CoordinateCheck | MultiplierCheck, ...] = getattr(self, SECTIONS[kind])
+        experiments: tuple[AnyExperiment, ...] = getattr(self, SECTIONS[kind])
         return experiments
 
     def training_of(self, experiment: Experiment) -> TrainingSettings:
         """The study's training settings with the experiment's own on top."""
         return TrainingSettings.model_validate(self.training.model_dump() | experiment.training)
 
-    def experiment_of(self, job: Job) -> Sweep | CoordinateCheck | MultiplierCheck:
-        """The sweep or check that a job belongs to."""
+    def experiment_of(self, job: Job) -> AnyExperiment:
+        """The experiment that a job belongs to."""
         for experiment in self.experiments(job.kind):
             if (experiment.growth, experiment.optimizer) == (job.growth, job.optimizer):
                 if job.width not in experiment.widths or job.seed not in experiment.seeds:

@@ -22,6 +22,11 @@ SECTIONS = (
         "A list: models with and without a multiplier √width before the delta rule's output norm.",
     ),
     ("clipping_checks", "A list: learning-rate sweeps under each way to clip gradients."),
+    (
+        "tunings",
+        "A list: a random search over multipliers, the same trials at each width, for each growth mode and optimizer. "
+        "`log2_ranges` are the powers of 2 between which a multiplier is drawn, log-uniformly; `[0, 0]`: not tuned.",
+    ),
 )
 
 
@@ -66,7 +71,7 @@ def _allowed(schema: dict[str, Any]) -> str:
     if "enum" in schema:
         return ", ".join(f"`{value}`" for value in schema["enum"])
     if schema.get("type") == "array":
-        inner = _allowed(schema["items"])
+        inner = _allowed(schema["items"] if "items" in schema else schema["prefixItems"][0])
         return f"list of {inner}" if inner else "list"
     bounds = {"exclusiveMinimum": "> {}", "minimum": "≥ {}", "exclusiveMaximum": "< {}", "maximum": "≤ {}"}
     words = [text.format(schema[key]) for key, text in bounds.items() if key in schema]

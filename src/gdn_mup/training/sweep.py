@@ -1,4 +1,4 @@
-"""Train members side by side: every (rule set, learning rate) of one width, optimizer and seed.
+"""Train members side by side: every (rule set, learning rate, trial) of one width, optimizer and seed.
 
 As many as a core's cache or a GPU's memory holds train at once, as a group, and groups follow one another.
 All members see the same batches in the same order, so that differences between learning rates and between
@@ -9,6 +9,7 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from gdn_mup.corpus.tokens import TokenFile
 from gdn_mup.errors import Interrupted, UserError
 from gdn_mup.measurement.evaluation import held_out_losses
 from gdn_mup.model.config import GrowthMode, ModelSettings, ModelShape, model_shape
-from gdn_mup.model.language_model import LanguageModel, initialize, parameter_table
+from gdn_mup.model.language_model import LanguageModel, initialize, multiplied, parameter_table
 from gdn_mup.progress import Report, silent
 from gdn_mup.scaling.apply import ModelScaling, distinct_rules, scale_rule_sets
 from gdn_mup.training.checkpoint import Position, load_checkpoint, save_checkpoint
@@ -43,6 +44,7 @@ class Member(NamedTuple):
 
     rules: str
     learning_rate: float
+    trial: int = 0  # which of the model's multipliers
 
 
 class Scaled(NamedTuple):
@@ -52,6 +54,11 @@ class Scaled(NamedTuple):
     target: ModelShape
     scalings: dict[str, ModelScaling]  # for the optimizer that trains
     sgd_scalings: dict[str, ModelScaling]  # whose learning rates weigh the width-invariant norm
+    trials: tuple[Mapping[str, float], ...] = ({},)  # multipliers on top of a rule set, as `multiplied` takes them
+
+    def scaling(self, member: Member) -> ModelScaling:
+        """What a member's rule set and multipliers make of the model."""
+        return multiplied(self.scalings[member.rules], parameter_table(self.target), self.trials[member.trial])
 
 
 class Curves(NamedTuple):
@@ -90,7 +97,7 @@ def scaled_model(
 def distinct_members(
     scaled: Scaled, learning_rates: Sequence[float], clipping: Clipping
 ) -> tuple[list[Member], dict[str, str]]:
-    """The members worth training, and for each rule set the one that stands for it.
+    """The members worth training, all trials of each, and for each rule set the one that stands for it.
 
     Rule sets that coincide are trained once: all do at the base width, and the two whose only difference is their
     SGD learning rates do under AdamW, unless these weigh the norm that clips.
@@ -101,7 +108,8 @@ def distinct_members(
     }
     stands_for = distinct_rules(compared)
     rules_trained = list(dict.fromkeys(stands_for.values()))
-    return [Member(rules, rate) for rules in rules_trained for rate in learning_rates], stands_for
+    members = product(rules_trained, learning_rates, range(len(scaled.trials)))
+    return [Member(*member) for member in members], stands_for
 
 
 class Trainer:
@@ -120,7 +128,7 @@ class Trainer:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.training, self.seed, self.tokens, self.device = training, seed, tokens, torch.device(device)
-        scalings = [scaled.scalings[member.rules] for member in members]
+        scalings = [scaled.scaling(member) for member in members]
         self.model = LanguageModel(scaled.target, len(members), model.norm_epsilon, device=self.device, dtype=dtype)
         initialize(self.model, scaled.base, model.initial_scale, scalings, seed)
         sgd_scalings = [scaled.sgd_scalings[member.rules] for member in members]

@@ -13,9 +13,11 @@ from gdn_mup.study.figures.published import published_losses
 from gdn_mup.study.figures.style import Drawing, save
 from gdn_mup.study.figures.training import training_curves
 from gdn_mup.study.figures.transfer import lr_transfer, optimum_vs_width
+from gdn_mup.study.figures.tuning import base_width_tuning
 
 __all__ = [
     "Drawing",
+    "base_width_tuning",
     "clipping_against_width",
     "coordinate_check",
     "gate_gradient_exponents",

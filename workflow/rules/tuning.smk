@@ -1,0 +1,30 @@
+# Random search over multipliers: the same trials at every width, so that no job waits for another.
+rule tuning:
+    input:
+        tokens="results/{study}/corpus/train.tokens",
+        validation_tokens="results/{study}/corpus/validation.tokens",
+    output:
+        "results/{study}/jobs/tuning/{growth}_{optimizer}_width{width}_seed{seed}.nc",
+    log:
+        "results/{study}/logs/tuning/{growth}_{optimizer}_width{width}_seed{seed}.log",
+    benchmark:
+        "results/{study}/benchmarks/tuning/{growth}_{optimizer}_width{width}_seed{seed}.tsv"
+    conda:
+        "../../environment.yml"
+    threads: TRAINING_THREADS
+    resources:
+        mem_mb=get_training_memory,
+        runtime=120,
+        gpu=get_gpus,
+        device=config["device"],  # not a parameter: on another device a finished job need not run again
+    params:
+        settings=get_job_settings("tuning"),
+        study="config/studies/{study}.yaml",
+        corpus=subpath(input.tokens, parent=True),
+    message:
+        "Search over multipliers, study {wildcards.study}: growth by {wildcards.growth}, {wildcards.optimizer}, "
+        "width {wildcards.width}, seed {wildcards.seed}"
+    shell:
+        "gdn-mup tune --study {params.study} --corpus {params.corpus}"
+        " --growth {wildcards.growth} --optimizer {wildcards.optimizer}"
+        " --width {wildcards.width} --seed {wildcards.seed} --device {resources.device} --output {output} > {log} 2>&1"
