@@ -32,7 +32,7 @@ def base_width_tuning(dataset: xr.Dataset) -> Drawing:
     """What the base width's choice of multipliers gains at each width, whether trials rank alike, and what was chosen.
 
     A row per search. Left: gain over trial 0 against width, filled: chosen on all of the base width's seeds, hollow:
-    each seed by the choice of the others; bars are 95 % intervals over seeds. Middle: gains of all trials at the
+    each seed by the choice of others; bars are 95 % intervals over seeds. Middle: gains of all trials at the
     widest width against those at the base width; right: every trial's multipliers, one line each. Circles are the
     choice. The table is `tuning_table`'s.
     """
@@ -56,8 +56,8 @@ def base_width_tuning(dataset: xr.Dataset) -> Drawing:
     key: dict[str, Any] = {"marker": "o", "ls": "none", "ms": 4.5}
     handles = [
         Line2D([], [], color=CHOSEN, label="base width's choice", **key),
-        Line2D([], [], color=CHOSEN, mfc="white", label="each seed by the choice of the others", **key),
-        Line2D([], [], color=BETTER, marker="o", ls="none", ms=3, label="trial better than none tuned (base width)"),
+        Line2D([], [], color=CHOSEN, mfc="white", label="each seed by the choice of others", **key),
+        Line2D([], [], color=BETTER, marker="o", ls="none", ms=3, label="trial better than without multipliers (base width)"),
         Line2D([], [], color=WORSE, marker="o", ls="none", ms=3, label="worse"),
     ]
     legend(figure, handles)
