@@ -90,7 +90,7 @@ def draw_curves(grid: Array, losses: Array, random: np.random.Generator) -> Curv
     weights = np.exp(log_weights - log_weights.max())
     chosen = random.choice(len(regular), DRAWS, p=weights / weights.sum())
 
-    drawn = np.empty((DRAWS, len(places)))
+    drawn: Array = np.empty((DRAWS, len(places)))
     for case, seen in enumerate(regular):
         mine = chosen == case
         count = int(mine.sum())
@@ -136,7 +136,7 @@ def value_at(places: Array, curves: Array, place: Array) -> Array:
 
 
 def _noise_variance(departures: Array) -> Array:
-    """Variance [learning rates] of a run's own noise, from departures [seeds, learning rates] from the mean over seeds."""
+    """Variance [learning rates] of a run's noise, from departures [seeds, learning rates] from the mean over seeds."""
     seeds, points = departures.shape
     change = (np.diff(departures, axis=1) ** 2).sum(axis=0) / (seeds - 1) / 2
     local = np.array([change[max(0, i - 1) : i + 1].mean() for i in range(points)])
