@@ -2,7 +2,8 @@
 
 Sizes are root mean squares over everything but the member axis, on one fixed probe batch. If a
 parametrization is right, every size and every change since init keeps its order of magnitude as the width
-grows (arXiv 2203.03466, appendix D.1; arXiv 2310.17813).
+grows (arXiv 2203.03466, appendix D.1; arXiv 2310.17813). Gates and the state, which are bounded, are
+summarised beyond their sizes (`dynamics`).
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,6 +14,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from gdn_mup.measurement.dynamics import QUANTILES, gate_and_state
 from gdn_mup.model.language_model import OUTSIDE_BLOCKS, LanguageModel
 from gdn_mup.progress import Report, silent
 from gdn_mup.training.sweep import Member, Trainer
@@ -55,7 +57,8 @@ def coordinate_check(
 
     Returns rms and change (rules, step, layer, quantity); weight_rms, gradient_rms and update_rms
     (rules, step, layer, parameter), gradient and update being those of the update that led to the step,
-    the gradient before clipping.
+    the gradient before clipping; and what `dynamics.gate_and_state` summarises (rules, step, layer) or
+    (rules, step, layer, quantile).
     """
     model, probe = trainer.model, probe.to(trainer.device)
     at_init = activations(model, probe)
@@ -67,17 +70,24 @@ def coordinate_check(
         "step": list(steps),
         "layer": layers,
     }
-    sizes = {variable: _empty(dimensions | {"quantity": _names(places)}) for variable in ("rms", "change")} | {
-        variable: _empty(dimensions | {"parameter": _names(parameters.values())})
+    names = {"quantity": _names(places), "parameter": _names(parameters.values())}
+    variables = {variable: _empty(dimensions | {"quantity": names["quantity"]}) for variable in ("rms", "change")} | {
+        variable: _empty(dimensions | {"parameter": names["parameter"]})
         for variable in ("weight_rms", "gradient_rms", "update_rms")
     }
 
+    # By position: for the smallest models, looking labels up with `loc` takes longer than training.
     def put(variable: str, step: int, place: Place, values: Tensor) -> None:
-        # By position: for the smallest models, looking labels up with `loc` takes longer than training.
-        array = sizes[variable]
-        names = array.indexes[array.dims[-1]]
-        here = steps.index(step), layers.index(place.layer), names.get_loc(place.name)
-        array.values[:, *here] = values.cpu().numpy()
+        array = variables[variable]
+        name = names[str(array.dims[-1])].index(place.name)
+        array.values[:, steps.index(step), layers.index(place.layer), name] = values.cpu().numpy()
+
+    def put_dynamics(step: int, layer: int, recorded: dict[Place, Tensor]) -> None:
+        log_alpha, beta, state = (recorded[Place(name, layer)] for name in ("log_alpha", "beta", "state"))
+        for variable, values in gate_and_state(log_alpha, beta, state, probe.shape[1]).items():
+            if variable not in variables:
+                variables[variable] = _empty(dimensions | ({"quantile": list(QUANTILES)} if values.dim() > 1 else {}))
+            variables[variable].values[:, steps.index(step), layers.index(layer)] = values.cpu().numpy()
 
     for step in range(max(steps) + 1):
         measured = step in steps
@@ -90,13 +100,16 @@ def coordinate_check(
                 put("gradient_rms", step, place, member_rms(gradients[name]))
                 put("update_rms", step, place, member_rms(model.weights[name] - before[name]))
         if measured:
-            for place, activation in activations(model, probe).items():
+            recorded = activations(model, probe)
+            for place, activation in recorded.items():
                 put("rms", step, place, member_rms(activation))
                 put("change", step, place, member_rms(activation - at_init[place]))
+            for layer in range(model.shape.layers):
+                put_dynamics(step, layer, recorded)
             for name, place in parameters.items():
                 put("weight_rms", step, place, member_rms(model.weights[name]))
         report(step + 1)
-    return xr.Dataset(sizes)
+    return xr.Dataset(variables)
 
 
 def _names(places: Iterable[Place]) -> list[str]:

@@ -42,6 +42,13 @@ _OWN_VARIABLES: dict[DatasetKind, dict[str, tuple[str, ...]]] = {
         "weight_rms": ("rules", "step", "layer", "parameter"),
         "gradient_rms": ("rules", "step", "layer", "parameter"),
         "update_rms": ("rules", "step", "layer", "parameter"),
+        "alpha_mean": ("rules", "step", "layer"),
+        "alpha_quantile": ("rules", "step", "layer", "quantile"),
+        "beta_mean": ("rules", "step", "layer"),
+        "beta_quantile": ("rules", "step", "layer", "quantile"),
+        "half_life_quantile": ("rules", "step", "layer", "quantile"),
+        "effective_rank": ("rules", "step", "layer"),
+        "relative_rank": ("rules", "step", "layer"),
     },
     "multiplier": {
         "multiplier": (),
@@ -74,7 +81,7 @@ JOB_COORDINATES = ("growth", "optimizer", "width", "seed")  # scalars in a job f
 DIMENSION_ORDER = (
     *("growth", "optimizer", "rules", "width", "seed", "clipping", "trial", "learning_rate"),
     *("init", "kernel_scale", "epsilon", "step", "evaluation_step"),
-    *("layer", "quantity", "parameter", "hyperparameter"),
+    *("layer", "quantity", "parameter", "hyperparameter", "quantile"),
 )
 
 # Named values keep the order in which the study file's types list them; numbers ascend.
@@ -107,6 +114,7 @@ DESCRIPTIONS: dict[str, tuple[str, str]] = {
     "quantity": ("activation or state", "1"),
     "parameter": ("parameter class", "1"),
     "hyperparameter": ("init standard deviation or learning rate of a group of parameters", "1"),
+    "quantile": ("quantile over tokens and heads", "1"),
     "train_loss": (
         "mean cross-entropy of the step's batch before its update; NaN from divergence on",
         "nat/token",
@@ -126,6 +134,17 @@ DESCRIPTIONS: dict[str, tuple[str, str]] = {
     "weight_rms": ("root mean square of the parameter", "1"),
     "gradient_rms": ("root mean square of the gradient of the update that led to this step", "1"),
     "update_rms": ("root mean square of the update that led to this step", "1"),
+    "alpha_mean": ("α, by which a state is multiplied at a token; mean over tokens and heads", "1"),
+    "alpha_quantile": ("α, by which a state is multiplied at a token; quantiles over tokens and heads", "1"),
+    "beta_mean": ("β, the share of a value that is overwritten at a token; mean over tokens and heads", "1"),
+    "beta_quantile": ("β, the share of a value that is overwritten at a token; quantiles over tokens and heads", "1"),
+    "half_life_quantile": ("half-life of the memory, ln 2 / −ln α; quantiles over tokens and heads", "token"),
+    "effective_rank": (
+        "exp(entropy of the normalised singular values) of the state S after the last token; mean over heads and "
+        "sequences",
+        "1",
+    ),
+    "relative_rank": ("`effective_rank` over the largest rank that a state can have, min(K, V, tokens)", "1"),
     "multiplier": ("multiplier on the delta rule's output o before its RMSNorm, √width", "1"),
     "mean_square": (
         "mean(o²) before the norm, without the multiplier; mean over tokens and heads",
