@@ -8,8 +8,8 @@ finite loss on both sides of their best one are left out.
 
 A run's departure from the mean over seeds is taken to be a seed's own slow curve plus a noise that is the run's alone.
 Half the mean square difference between departures at learning rates half an octave apart is that noise's variance plus
-what the slow curve changes by; it is averaged over both neighbours. Jobs of one seed get the noise that the laptop's SGD
-sweeps have on average, as far from the best learning rate.
+what the slow curve changes by; it is averaged over both neighbours. Jobs of one seed get the noise that the laptop's
+SGD sweeps have on average, as far from the best learning rate.
 """
 
 import sys

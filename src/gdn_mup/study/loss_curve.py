@@ -91,7 +91,7 @@ def draw_curves(grid: Array, losses: Array, random: np.random.Generator) -> Curv
     chosen = random.choice(len(regular), DRAWS, p=weights / weights.sum())
 
     drawn: Array = np.empty((DRAWS, len(places)))
-    for case, seen in enumerate(regular):
+    for case, seen in enumerate(map(int, regular)):
         mine = chosen == case
         count = int(mine.sum())
         if count == 0:

@@ -57,7 +57,7 @@ def base_width_tuning(dataset: xr.Dataset) -> Drawing:
     handles = [
         Line2D([], [], color=CHOSEN, label="base width's choice", **key),
         Line2D([], [], color=CHOSEN, mfc="white", label="each seed by the choice of others", **key),
-        Line2D([], [], color=BETTER, marker="o", ls="none", ms=3, label="trial better than without multipliers (base width)"),
+        Line2D([], [], color=BETTER, marker="o", ls="none", ms=3, label="trial better than default (base width)"),
         Line2D([], [], color=WORSE, marker="o", ls="none", ms=3, label="worse"),
     ]
     legend(figure, handles)
