@@ -84,14 +84,14 @@ def draw_curves(grid: Array, losses: Array, random: np.random.Generator) -> Curv
     below = step * np.arange(len(regular))  # octaves above the best learning rate without an edge
     log_weights = -_EDGES * below + np.log(np.append(np.full(len(regular) - 1, -np.expm1(-_EDGES * step)), 1.0))
     jumps = _JUMPS.logpdf(np.diff(heights))
-    for case, seen in enumerate(regular):
+    for case, seen in enumerate(regular.tolist()):
         of_seen = at_grid[:seen, :seen] + np.diag(noise[:seen])
         log_weights[case] += stats.multivariate_normal.logpdf(heights[:seen], cov=of_seen) + jumps[seen - 1 :].sum()
     weights = np.exp(log_weights - log_weights.max())
     chosen = random.choice(len(regular), DRAWS, p=weights / weights.sum())
 
     drawn: Array = np.empty((DRAWS, len(places)))
-    for case, seen in enumerate(map(int, regular)):
+    for case, seen in enumerate(regular.tolist()):
         mine = chosen == case
         count = int(mine.sum())
         if count == 0:
