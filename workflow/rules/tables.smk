@@ -90,7 +90,7 @@ use rule table_scaling_rules as table_cost with:
     input:
         unpack(get_datasets(KINDS)),
         notebook="notebooks/cost.ipynb",
-        code=multiext("src/gdn_mup/", "study/cost.py", "study/tables.py", "model/flops.py"),
+        code=[*multiext("src/gdn_mup/study/", "cost.py", "tables.py"), "src/gdn_mup/model/flops.py"],
     output:
         csv="results/{study}/tables/cost.csv",
         page=report(
