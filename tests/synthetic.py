@@ -227,6 +227,14 @@ def _coordinates(
     gradients = weights.copy()
     gradients[:, 0] = np.nan
     activation, parameter = ("rules", "step", "layer", "quantity"), ("rules", "step", "layer", "parameter")
+    gate, quantile = ("rules", "step", "layer"), ("rules", "step", "layer", "quantile")
+    # A seed's gates and state are off by a factor from init on; the rank falls by the time of the last step.
+    half_life = 20 * np.exp(random.normal(0, 0.3)) * np.ones((len(check.rules), len(steps), len(layers), 1))
+    half_life = half_life * np.array([0.1, 1.0, 10.0])
+    fall = np.array([EXPONENTS[rules] for rules in check.rules])[:, None] * steps / max(1, steps.max())
+    rank = 6 * np.exp(random.normal(0, 0.3)) * np.repeat((m**-fall)[..., None], len(layers), -1)
+    rank[..., 0] = half_life[..., 0, :] = np.nan  # outside the blocks
+    alpha = 0.5 ** (1 / half_life)
     return xr.Dataset(
         {
             "rms": (activation, rms.astype(np.float32)),
@@ -234,6 +242,13 @@ def _coordinates(
             "weight_rms": (parameter, weights.astype(np.float32)),
             "gradient_rms": (parameter, gradients.astype(np.float32)),
             "update_rms": (parameter, gradients.astype(np.float32)),
+            "alpha_mean": (gate, alpha.mean(-1)),
+            "alpha_quantile": (quantile, alpha),
+            "beta_mean": (gate, 0.5 + 0 * rank),
+            "beta_quantile": (quantile, 0.5 + 0 * alpha),
+            "half_life_quantile": (quantile, half_life),
+            "effective_rank": (gate, rank),
+            "relative_rank": (gate, rank / plan.model.head_dim),
         },
         coords={
             "rules": list(check.rules),
@@ -241,6 +256,7 @@ def _coordinates(
             "layer": layers,
             "quantity": quantities,
             "parameter": parameters,
+            "quantile": [0.05, 0.5, 0.95],
         },
         attrs={"learning_rate": check.learning_rate},  # type: ignore[union-attr]
     )

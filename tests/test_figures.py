@@ -76,6 +76,7 @@ def drawings(
         "base_width_tuning": figures.base_width_tuning(tuning),
         "clipping": figures.clipping_against_width(clipping),
         "coordinate_check": figures.coordinate_check(coordinates),
+        "gate_dynamics": figures.gate_and_state_dynamics(coordinates),
         "growth_modes": figures.growth_modes(both_modes),
         "loss_vs_width": figures.loss_vs_width(lr_sweep),
         "lr_transfer": figures.lr_transfer(lr_sweep, "adamw"),
@@ -523,7 +524,7 @@ def test_notebook_runs_by_itself(
 
 
 def test_study_never_imports_torch() -> None:
-    modules = "figures, tables, claims, optimum, datasets, multiplier, tuning"
+    modules = "figures, tables, claims, optimum, datasets, dynamics, multiplier, tuning"
     code = f"import sys; from gdn_mup.study import {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

@@ -16,7 +16,7 @@ from gdn_mup.study.plan import load_study
 
 STUDIES = sorted(path.stem for path in (ROOT / "config/studies").glob("*.yaml"))
 FIGURES = {
-    *("coordinate_check", "predicted_exponents", "gate_gradients", "norm_epsilon", "clipping"),
+    *("coordinate_check", "gate_dynamics", "predicted_exponents", "gate_gradients", "norm_epsilon", "clipping"),
     *("lr_transfer_adamw", "lr_transfer_sgd", "optimum_vs_width", "loss_vs_width", "training_curves"),
     *("growth_modes", "published_losses", "base_width_tuning"),
 }

@@ -151,7 +151,7 @@ def get_products(name: str) -> list[str]:
     study = get_study(name)
     figures, tables = [], ["scaling_rules"]
     if study.coordinate_checks:
-        figures += ["coordinate_check"]
+        figures += ["coordinate_check", "gate_dynamics"]
         if any(len(check.widths) > 1 for check in study.coordinate_checks):
             figures += ["predicted_exponents", "gate_gradients"]
     if study.multiplier_checks:

@@ -333,3 +333,30 @@ use rule figure_coordinate_check as figure_gate_gradients with:
         "results/{study}/benchmarks/figures/gate_gradients.tsv"
     message:
         "Figure of study {wildcards.study}: gate gradients over training"
+
+
+use rule figure_coordinate_check as figure_gate_dynamics with:
+    input:
+        notebook="notebooks/gate_dynamics.ipynb",
+        coordinates="results/{study}/datasets/coordinates.nc",
+        code=[
+            "src/gdn_mup/study/figures/style.py",
+            "src/gdn_mup/study/figures/dynamics.py",
+            "src/gdn_mup/study/dynamics.py",
+        ],
+    output:
+        svg=report(
+            "results/{study}/figures/gate_dynamics.svg",
+            caption="../report/gate_dynamics.rst",
+            category="Figures",
+            labels={"figure": "Gates and state over training"},
+        ),
+        png="results/{study}/figures/gate_dynamics.png",
+        csv="results/{study}/figures/gate_dynamics.csv",
+        notebook="results/{study}/notebooks/gate_dynamics.ipynb",
+    log:
+        "results/{study}/logs/figures/gate_dynamics.log",
+    benchmark:
+        "results/{study}/benchmarks/figures/gate_dynamics.tsv"
+    message:
+        "Figure of study {wildcards.study}: gates and state over training"

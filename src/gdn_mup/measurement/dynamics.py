@@ -35,7 +35,7 @@ def gate_and_state(log_alpha: Tensor, beta: Tensor, state: Tensor, tokens: int) 
         "alpha_quantile": _quantiles(alpha, QUANTILES),
         "beta_quantile": _quantiles(beta, QUANTILES),
         # Those of the decay rate, upside down: half-lives themselves may be infinite and cannot be interpolated.
-        "half_life_quantile": math.log(2) / _quantiles(-log_alpha, [1 - q for q in QUANTILES]),
+        "half_life_quantile": math.log(2) / _quantiles(log_alpha.abs(), [1 - q for q in QUANTILES]),
         "effective_rank": rank,
         "relative_rank": rank / min(*state.shape[-2:], tokens),
     }

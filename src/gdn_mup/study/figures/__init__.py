@@ -5,6 +5,7 @@ A title says what the data say, computed from them. `save` writes a figure as sv
 
 from gdn_mup.study.figures.clipping import clipping_against_width
 from gdn_mup.study.figures.coordinates import coordinate_check
+from gdn_mup.study.figures.dynamics import gate_and_state_dynamics
 from gdn_mup.study.figures.exponents import gate_gradient_exponents, predicted_exponents
 from gdn_mup.study.figures.growth import growth_modes
 from gdn_mup.study.figures.losses import loss_vs_width
@@ -20,6 +21,7 @@ __all__ = [
     "base_width_tuning",
     "clipping_against_width",
     "coordinate_check",
+    "gate_and_state_dynamics",
     "gate_gradient_exponents",
     "growth_modes",
     "loss_vs_width",
