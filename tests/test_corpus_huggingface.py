@@ -22,7 +22,7 @@ from gdn_mup.corpus.tokenizer import END_OF_TEXT, load_tokenizer
 from gdn_mup.corpus.tokens import TokenFile
 from gdn_mup.errors import UserError
 
-WORDS = ["the", "width", "of", "a", "model", "and", "its", "rate", "größer", "日本", "\n", "heads", "values"]
+WORDS = ["the", "width", "of", "a", "model", "and", "its", "rate", "größer", "日本", "more.\n", "heads", "values"]
 CARD = """---
 configs:
 - config_name: default
@@ -62,6 +62,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface, "ROWS", 64)
     monkeypatch.setattr("gdn_mup.corpus.encoding.BATCH_BYTES", 3000)
+    monkeypatch.setattr("gdn_mup.corpus.encoding.PIECE_CHARACTERS", 150)  # so that reads, batches and pieces cross
 
 
 def of_hub(**more: object) -> CorpusSettings:
@@ -128,7 +129,6 @@ def test_a_build_that_is_stopped_goes_on_with_the_same_result(
     hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(streaming, "SECONDS_BETWEEN_STATES", 0.0)
-    build_corpus(of_hub(), hub, tmp_path / "whole")
     encode = streaming.encode
     learnt: list[int] = []
     learn = streaming._learn_vocabulary
@@ -146,19 +146,43 @@ def test_a_build_that_is_stopped_goes_on_with_the_same_result(
 
         monkeypatch.setattr(streaming, "encode", stopped)
 
+    stopping(-1)
+    build_corpus(of_hub(), hub, tmp_path / "whole")
+    pieces = encoded[-1]
+    learnt.clear()
     output = tmp_path / "stopped"
-    for after in (0, 150, 333):
+    for after in (0, 150, 333, 512):
         stopping(after)
         with pytest.raises(Killed):
             build_corpus(of_hub(), hub, output)
         assert [path.name for path in output.iterdir()] == [streaming.PARTIAL]
     stopping(-1)
     build_corpus(of_hub(), hub, output)
-    assert len(learnt) == 1 and 0 < encoded[-1] < len(TEXTS) - 333
+    assert len(learnt) == 1 and 0 < encoded[-1] < pieces - 400  # some are done twice, most are not
     names = sorted(path.name for path in (tmp_path / "whole").iterdir())
     assert sorted(path.name for path in output.iterdir()) == names
     for name in names:
         assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_a_build_stopped_inside_a_document_goes_on_before_it(
+    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "SECONDS_BETWEEN_STATES", 0.0)
+    train, _ = build_corpus(of_hub(), hub, tmp_path / "whole")
+    encode = streaming.encode
+
+    def stopped(*arguments: object) -> Iterator[object]:
+        for piece, tokens in encode(*arguments):
+            yield piece, tokens
+            if piece.document.position and not piece.ends:
+                raise Killed
+
+    monkeypatch.setattr(streaming, "encode", stopped)
+    with pytest.raises(Killed):
+        build_corpus(of_hub(), hub, tmp_path / "stopped")
+    monkeypatch.setattr(streaming, "encode", encode)
+    assert build_corpus(of_hub(), hub, tmp_path / "stopped")[0].sha256 == train.sha256
 
 
 def test_other_settings_start_again(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
