@@ -75,6 +75,9 @@ def test_draws_do_not_depend_on_how_many_there_are_nor_on_other_ranges() -> None
         assert one["gate_init"] == two["gate_init"] and two["hidden_init"] == 1
     assert few.multipliers[1]["gate_init"] != other.multipliers[1]["gate_init"]
     assert few.multipliers[1]["gate_init"] != few.multipliers[2]["gate_init"]
+    alike = ("hidden_init", "residual_init")  # drawn from one range, each by itself
+    assert few.log2_ranges.hidden_init == few.log2_ranges.residual_init
+    assert len({few.multipliers[1][name] for name in alike}) == 2
 
 
 # Members
@@ -91,6 +94,9 @@ def test_a_trials_init_is_that_of_a_model_whose_initial_scale_is_multiplied(toke
         model=MODEL.model_copy(update={"initial_scale": MODEL.initial_scale.model_copy(update=gains)}),
     ).model
     plain = trainer(tokens, members[:1], [{}]).model
+    for name, group in (("0.o", "residual"), ("1.mlp_down", "residual"), ("0.q", "hidden"), ("1.mlp_up", "hidden")):
+        ratio = together.weights[name][1] / together.weights[name][0]
+        torch.testing.assert_close(ratio, torch.full_like(ratio, gains[group]), rtol=1e-5, atol=0, msg=name)
     changed = 0
     for name, weight in together.weights.items():
         assert torch.equal(weight[0], plain.weights[name][0]), name
