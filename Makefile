@@ -25,7 +25,7 @@ reproduce: environment
 	snakemake --cores all --config study=$(STUDY)
 	@echo
 	@verdicts=results/$(STUDY)/tables/verdicts.md; if [ -e $$verdicts ]; then \
-	    awk -F ' *[|] *' 'NR > 2 && $$5 == "all" { print $$6 ": " $$2 " (" $$3 ", " $$4 ")" }' $$verdicts; fi
+	    awk -F ' *[|] *' 'NR > 2 && $$5 == "all" { print $$6 ": " $$2 " (" $$3 ($$4 ? ", " $$4 : "") ")" }' $$verdicts; fi
 	@echo
 	@echo "Report: results/$(STUDY)/report.html"
 
