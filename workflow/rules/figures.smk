@@ -68,7 +68,6 @@ use rule figure_coordinate_check as figure_clipping with:
             "src/gdn_mup/study/figures/style.py",
             "src/gdn_mup/study/figures/clipping.py",
             "src/gdn_mup/study/clipping.py",
-            "src/gdn_mup/study/loss_curve.py",
             "src/gdn_mup/study/optimum.py",
         ],
     output:
@@ -123,7 +122,6 @@ use rule figure_coordinate_check as figure_lr_transfer with:
         code=[
             "src/gdn_mup/study/figures/style.py",
             "src/gdn_mup/study/figures/transfer.py",
-            "src/gdn_mup/study/loss_curve.py",
             "src/gdn_mup/study/optimum.py",
         ],
     output:
@@ -151,7 +149,6 @@ use rule figure_coordinate_check as figure_optimum_vs_width with:
         code=[
             "src/gdn_mup/study/figures/style.py",
             "src/gdn_mup/study/figures/transfer.py",
-            "src/gdn_mup/study/loss_curve.py",
             "src/gdn_mup/study/optimum.py",
         ],
     output:
@@ -180,7 +177,6 @@ use rule figure_coordinate_check as figure_loss_vs_width with:
             "src/gdn_mup/study/figures/style.py",
             "src/gdn_mup/study/figures/losses.py",
             "src/gdn_mup/study/losses.py",
-            "src/gdn_mup/study/loss_curve.py",
             "src/gdn_mup/study/optimum.py",
         ],
     output:
@@ -209,7 +205,6 @@ use rule figure_coordinate_check as figure_growth_modes with:
             "src/gdn_mup/study/figures/style.py",
             "src/gdn_mup/study/figures/growth.py",
             "src/gdn_mup/study/figures/transfer.py",
-            "src/gdn_mup/study/loss_curve.py",
             "src/gdn_mup/study/optimum.py",
         ],
     output:
@@ -239,7 +234,6 @@ use rule figure_coordinate_check as figure_published_losses with:
             "src/gdn_mup/study/figures/published.py",
             "src/gdn_mup/study/published.py",
             "src/gdn_mup/study/losses.py",
-            "src/gdn_mup/study/loss_curve.py",
             "src/gdn_mup/study/optimum.py",
         ],
     output:
@@ -267,7 +261,6 @@ use rule figure_coordinate_check as figure_training_curves with:
         code=[
             "src/gdn_mup/study/figures/style.py",
             "src/gdn_mup/study/figures/training.py",
-            "src/gdn_mup/study/loss_curve.py",
             "src/gdn_mup/study/optimum.py",
         ],
     output:
