@@ -58,6 +58,15 @@ def study(**changes: Any) -> Study:
         "clipping_checks": [
             adamw | {"optimizer": "sgd", "rules": ["gdn_mup"], "learning_rates": {"log2_first": -9, "log2_last": -1}}
         ],
+        "tunings": [
+            adamw
+            | {
+                "rules": ["gdn_mup"],
+                "learning_rates": {"log2_first": -6, "log2_last": -5},
+                "log2_ranges": dict.fromkeys(Log2Ranges.model_fields, (0, 0))
+                | {"embedding_learning_rate": (-3, 3), "readout_init": (-2, 2)},
+            }
+        ],
     }
     return Study.model_validate(sections | changes)
 
