@@ -1,4 +1,4 @@
-"""95 % intervals against the truth: each must cover it in 92 to 98 % of 1 000 made-up studies; how often is printed.
+"""95 % intervals against the truth: each must cover it in 92 to 98 % of 1 000 made-up studies, and prints its share.
 
 The sweeps are those of loss_curves.py: three to five seeds, learning rates half an octave or an octave apart, and
 within a study all widths are of one group of curves. The limits hold for the mixture of groups, since which group

@@ -471,6 +471,22 @@ def test_tables_are_written_three_times(lr_sweep: xr.Dataset, tmp_path: Path) ->
     assert r"Liu \& Gu" in tex and r"\toprule" in tex and tex.isascii()
 
 
+def test_metrics_of_transfer_say_why_they_are_missing(lr_sweep: xr.Dataset, tmp_path: Path) -> None:
+    table = tables.transfer_metrics(lr_sweep)
+    tables.save(table, tmp_path / "metrics", tables.printed_transfer_metrics(table))
+    rows = table.set_index(["growth", "optimizer", "rules"])
+    planted = rows.loc["heads", "adamw", "gdn_mup"]
+    assert planted.slope_low <= 0 <= planted.slope_high
+    assert planted.fit_error_low == 0.0
+    assert planted.loss_penalty_low <= 0 <= planted.loss_penalty_high
+    assert rows.loc["heads", "adamw", "sp"].no_loss_penalty == "this is SP"
+    for name in ("slope", "fit_error", "robustness_exponent", "loss_penalty"):
+        assert ((table[f"no_{name}"] == "") == table[name].notna()).all()
+    assert len(tables.transfer_metrics(lr_sweep.sel(width=[32]))) == len(table)
+    assert "–" in (tmp_path / "metrics.md").read_text("utf-8")
+    assert (tmp_path / "metrics.tex").read_text("utf-8").isascii()
+
+
 def test_scaling_rules_and_verdicts_are_plain_tex(lr_sweep: xr.Dataset, tmp_path: Path) -> None:
     rules, verdicts = tables.scaling_rules(), tables.verdicts({"lr_sweep": lr_sweep})
     tables.save(rules, tmp_path / "rules", tables.printed_scaling_rules(rules))

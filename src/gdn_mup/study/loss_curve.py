@@ -70,10 +70,7 @@ def draw_curves(grid: Array, losses: Array, random: np.random.Generator) -> Curv
     best = int(mean.argmin())
     stretch = 1 + (mean - mean[best]) / _VALLEY  # nats per nat of what the process is of
     heights = _VALLEY * np.log(stretch)
-    if len(losses) > 1:
-        noise = _noise_variance((losses - mean) / stretch) / len(losses)
-    else:
-        noise = _noise_variance_of_one(heights)
+    noise = _noise_variance(losses, heights, stretch)
     fine = max(2, round(step * _FINE))  # places per step, so that the grid is among them
     places = grid[0] + np.arange(fine * (points - 1) + 1) * step / fine
     prior = _covariance(len(places), round(step / fine, 9))
@@ -107,7 +104,7 @@ def draw_curves(grid: Array, losses: Array, random: np.random.Generator) -> Curv
             curves = np.where(places > edge, beyond @ hats, curves)
         drawn[mine] = curves
     drawn = mean[best] + _VALLEY * np.expm1(drawn / _VALLEY)
-    return Curves(places, drawn, np.median(drawn, axis=0))
+    return Curves(places, drawn, np.asarray(np.median(drawn, axis=0)))
 
 
 def minimum_of(places: Array, curves: Array) -> tuple[Array, Array]:
@@ -135,23 +132,23 @@ def value_at(places: Array, curves: Array, place: Array) -> Array:
     return np.where(inside, value, np.inf)
 
 
-def _noise_variance(departures: Array) -> Array:
-    """Variance [learning rates] of a run's noise, from departures [seeds, learning rates] from the mean over seeds."""
-    seeds, points = departures.shape
-    change = (np.diff(departures, axis=1) ** 2).sum(axis=0) / (seeds - 1) / 2
-    local = np.array([change[max(0, i - 1) : i + 1].mean() for i in range(points)])
+def _noise_variance(losses: Array, heights: Array, stretch: Array) -> Array:
+    """Variance [learning rates] that noise gives to heights [learning rates], the process's view of the mean loss.
+
+    losses [seeds, learning rates]; stretch [learning rates]: nats of loss per nat of height.
+    """
+    seeds, points = losses.shape
+    if seeds == 1:  # third differences stand in for noise, 20 times its variance; they overstate it
+        third = np.diff(heights, n=3) ** 2 / 20
+        return np.full(points, max(float(np.median(third) / stats.chi2.median(1)), _LEAST_NOISE**2))
+    between = np.diff(losses - losses.mean(axis=0), axis=1)  # what a seed has at all learning rates is not in it
+    variance = (between**2).sum(axis=0) / (seeds - 1) / 2
+    local = np.array([variance[max(0, i - 1) : i + 1].mean() for i in range(points)]) / stretch**2
     freedom = 1.5 * (seeds - 1)  # of two differences that share a learning rate
     usual = max(float(np.median(local)) * freedom / float(stats.chi2.median(freedom)), _LEAST_NOISE**2)
     moderated = (_MODERATION * usual + freedom * local) / (_MODERATION + freedom)
     # Larger by what the variance of Student's t is above that of the normal distribution.
-    return moderated * (_MODERATION + freedom) / (_MODERATION + freedom - 2)
-
-
-def _noise_variance_of_one(curve: Array) -> Array:
-    """The same from one seed's curve [learning rates]: third differences stand in for noise, and overstate it."""
-    third = np.diff(curve, n=3)  # of independent noise: 20 times its variance
-    usual = float(np.median(third**2) / stats.chi2.median(1) / 20)
-    return np.full(len(curve), max(usual, _LEAST_NOISE**2))
+    return moderated * (_MODERATION + freedom) / (_MODERATION + freedom - 2) / seeds
 
 
 @lru_cache(maxsize=64)

@@ -381,9 +381,8 @@ def seed_noise(effects: Sequence[Array], random: np.random.Generator) -> Array:
     freedom = sum(len(each) - 1 for each in effects)
     if freedom == 0:
         return np.zeros((len(effects), loss_curve.DRAWS))
-    size = np.sqrt(
-        sum(((each - each.mean()) ** 2).sum() for each in effects) / random.chisquare(freedom, loss_curve.DRAWS)
-    )
+    squares = sum(float(((each - each.mean()) ** 2).sum()) for each in effects)
+    size = np.sqrt(squares / random.chisquare(freedom, loss_curve.DRAWS))
     seeds = np.array([[len(each)] for each in effects])
     return np.asarray(size / np.sqrt(seeds) * random.standard_normal((len(effects), loss_curve.DRAWS)))
 
