@@ -23,9 +23,10 @@ import xarray as xr
 from gdn_mup.scaling.rules import RULE_SETS
 from gdn_mup.study.cost import sweep_cost
 from gdn_mup.study.exponents import GATES, exponents, gate_gradients
-from gdn_mup.study.multiplier import multiplier_verdict, over_seeds
+from gdn_mup.study.multiplier import multiplier_verdict
 from gdn_mup.study.optimum import Transfer, signed, transfer, transfers
 from gdn_mup.study.plan import SECTIONS
+from gdn_mup.study.seeds import over_seeds
 from gdn_mup.study.titles import OPTIMIZER_TITLES, with_unit
 from gdn_mup.study.tuning import searches
 

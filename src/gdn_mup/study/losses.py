@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from gdn_mup.study.multiplier import over_seeds
 from gdn_mup.study.optimum import Transfer, transfers
+from gdn_mup.study.seeds import over_seeds
 
 TRANSFERRED, OWN_BEST = "transferred", "own best"
 

@@ -4,7 +4,7 @@ RMSNorm(c·o) with ε is RMSNorm(o) with ε / c². So a multiplier should change
 less, the larger mean(o²) is against ε.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -12,19 +12,11 @@ import xarray as xr
 from scipy import stats
 
 from gdn_mup.errors import UserError
-from gdn_mup.study.optimum import TAIL
+from gdn_mup.study.seeds import Estimate, over_seeds
 
 ROUNDING = 1e-10  # a relative change below this is none: float64 rounds at 1e-16, and a backward pass adds that up
 
 CONDITION = ["growth", "optimizer", "rules", "init", "kernel_scale", "width", "epsilon", "step"]
-
-
-class Interval(NamedTuple):
-    """An estimate over seeds and the ends of its 95 % interval (Student's); NaN ends with one seed."""
-
-    value: float
-    low: float
-    high: float
 
 
 def multiplier_table(dataset: xr.Dataset) -> pd.DataFrame:
@@ -86,7 +78,7 @@ def multiplier_verdict(
     return "inconclusive", f"{reason}: not shown to fall{few}"
 
 
-def _trend(above: pd.DataFrame) -> Interval:
+def _trend(above: pd.DataFrame) -> Estimate:
     """Rank correlation of the change with mean(o²) / ε, over seeds; its interval is Fisher's, within ±1."""
     correlations = [
         float(stats.spearmanr(seed.mean_square / seed.epsilon, seed.reader_change).statistic)
@@ -94,14 +86,4 @@ def _trend(above: pd.DataFrame) -> Interval:
         if len(seed) > 2 and seed.reader_change.nunique() > 1
     ]
     within = np.clip(correlations, -0.999, 0.999)  # a correlation of ±1 has no finite transform
-    return Interval(*np.tanh(over_seeds(np.arctanh(within))))
-
-
-def over_seeds(values: np.ndarray) -> Interval:
-    """The mean over seeds, with Student's interval."""
-    if len(values) == 0:
-        return Interval(np.nan, np.nan, np.nan)
-    half_width = np.nan
-    if len(values) > 1:
-        half_width = stats.t.isf(TAIL, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
-    return Interval(values.mean(), values.mean() - half_width, values.mean() + half_width)
+    return Estimate(*np.tanh(over_seeds(np.arctanh(within))))

@@ -12,8 +12,8 @@ import pandas as pd
 import xarray as xr
 
 from gdn_mup.study.losses import best_rate, losses_at
-from gdn_mup.study.multiplier import over_seeds
 from gdn_mup.study.optimum import Transfer, transfers
+from gdn_mup.study.seeds import over_seeds
 
 SOURCE = "arXiv 2606.04048"
 PAPER, STUDY = "paper", "this study"

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from gdn_mup.errors import UserError
-from gdn_mup.study.multiplier import Interval, over_seeds
 from gdn_mup.study.optimum import TAIL
+from gdn_mup.study.seeds import Estimate, over_seeds
 
 Array = NDArray[np.float64]
 
@@ -76,26 +76,26 @@ class Search:
         """Losses [seeds, trials] at the learning rates that the base width chose for each trial."""
         return self.choice.transferred(self.losses[width])
 
-    def gain(self, width: int, trial: int | None = None) -> Interval:
+    def gain(self, width: int, trial: int | None = None) -> Estimate:
         """By how much a trial's loss lies below trial 0's, paired by seed; by default the chosen trial's."""
         losses = self.transferred(width)
         return _paired(losses[:, DEFAULT], losses[:, self.choice.trial if trial is None else trial])
 
-    def gain_left_out(self, width: int) -> Interval:
+    def gain_left_out(self, width: int) -> Estimate:
         """`gain`, each seed's by the choice of the base width's other seeds; NaN where it has no others."""
         base, base_seeds = self.losses[self.base_width], np.array(self.seeds[self.base_width])
         without, chosen = [], []
         for seed, losses in zip(self.seeds[width], self.losses[width], strict=True):
             others = base[base_seeds != seed]
             if len(others) == 0:
-                return Interval(np.nan, np.nan, np.nan)
+                return Estimate(np.nan, np.nan, np.nan)
             choice = choose(others)
             (transferred,) = choice.transferred(losses[None])
             without.append(transferred[DEFAULT])
             chosen.append(transferred[choice.trial])
         return _paired(np.array(without), np.array(chosen))
 
-    def rank_correlation(self, width: int) -> Interval:
+    def rank_correlation(self, width: int) -> Estimate:
         """Spearman's, between the mean losses of trials at the base width and at another; diverged ones rank last.
 
         The interval is over trials, by Bonett and Wright's standard error of Fisher's transform (Psychometrika 65,
@@ -103,15 +103,15 @@ class Search:
         """
         base, here = (self.transferred(w).mean(axis=0) for w in (self.base_width, width))
         if len(np.unique(base)) < 2 or len(np.unique(here)) < 2:
-            return Interval(np.nan, np.nan, np.nan)
+            return Estimate(np.nan, np.nan, np.nan)
         value = float(stats.spearmanr(base, here).statistic)
         if len(base) < 5:
-            return Interval(value, np.nan, np.nan)
+            return Estimate(value, np.nan, np.nan)
         centre = np.arctanh(np.clip(value, -0.999, 0.999))  # a correlation of ±1 has no finite transform
         half_width = stats.norm.isf(TAIL) * np.sqrt((1 + value**2 / 2) / (len(base) - 3))
-        return Interval(value, *np.tanh([centre - half_width, centre + half_width]))
+        return Estimate(value, *np.tanh([centre - half_width, centre + half_width]))
 
-    def regret(self, width: int) -> Interval:
+    def regret(self, width: int) -> Estimate:
         """What the base width's choice costs against the best trial and learning rate at a width, paired by seed.
 
         The best was chosen by these very losses, so that this is more than a search there would save.
@@ -122,11 +122,11 @@ class Search:
         )
 
 
-def _paired(losses: Array, others: Array) -> Interval:
+def _paired(losses: Array, others: Array) -> Estimate:
     """Mean of losses - others over seeds; without ends if some diverged, and infinite if those are on one side."""
     diverged = not np.isfinite(losses).all(), not np.isfinite(others).all()
     if any(diverged):
-        return Interval({(True, False): np.inf, (False, True): -np.inf}.get(diverged, np.nan), np.nan, np.nan)
+        return Estimate({(True, False): np.inf, (False, True): -np.inf}.get(diverged, np.nan), np.nan, np.nan)
     return over_seeds(losses - others)
 
 
@@ -202,5 +202,5 @@ def tuning_table(dataset: xr.Dataset) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _columns(name: str, interval: Interval) -> dict[str, float]:
-    return {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
+def _columns(name: str, estimate: Estimate) -> dict[str, float]:
+    return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}

@@ -32,8 +32,8 @@ from gdn_mup.study.figures.style import (
     width_axis,
 )
 from gdn_mup.study.figures.transfer import optima_against_width
-from gdn_mup.study.multiplier import over_seeds
 from gdn_mup.study.optimum import signed
+from gdn_mup.study.seeds import over_seeds
 from gdn_mup.study.titles import GROWTH_TITLES, OPTIMIZER_TITLES, RULE_TITLES
 
 # What clipping compares, in the order in which it is drawn. Without clipping it is the raw norm.

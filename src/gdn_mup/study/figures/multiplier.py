@@ -20,7 +20,8 @@ from gdn_mup.study.figures.style import (
     width_axis,
     width_colours,
 )
-from gdn_mup.study.multiplier import CONDITION, ROUNDING, multiplier_table, over_seeds
+from gdn_mup.study.multiplier import CONDITION, ROUNDING, multiplier_table
+from gdn_mup.study.seeds import over_seeds
 from gdn_mup.study.titles import GROWTH_TITLES, OPTIMIZER_TITLES
 
 LINEAR = 0.01  # the figure's axis of changes is linear below, so that it can show none at all

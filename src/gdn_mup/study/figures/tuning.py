@@ -19,8 +19,8 @@ from gdn_mup.study.figures.style import (
     title,
     width_axis,
 )
-from gdn_mup.study.multiplier import Interval
 from gdn_mup.study.optimum import signed
+from gdn_mup.study.seeds import Estimate
 from gdn_mup.study.titles import GROWTH_TITLES, OPTIMIZER_TITLES, RULE_TITLES
 from gdn_mup.study.tuning import DEFAULT, Array, Search, searches, tuning_table
 
@@ -142,7 +142,7 @@ def _finding(search: Search, several: bool) -> str:
     return f"{about}Multipliers that gain {here.value:.2f} nats at {base} {there} at {widest}: {_in_words(wide)}."
 
 
-def _in_words(interval: Interval) -> str:
-    if np.isnan(interval.low):  # one seed
-        return signed(interval.value)
-    return f"{signed(interval.value)} [{signed(interval.low)}, {signed(interval.high)}]"
+def _in_words(estimate: Estimate) -> str:
+    if np.isnan(estimate.low):  # one seed
+        return signed(estimate.value)
+    return f"{signed(estimate.value)} [{signed(estimate.low)}, {signed(estimate.high)}]"
