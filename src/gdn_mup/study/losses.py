@@ -4,10 +4,11 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from gdn_mup.study.optimum import Transfer, transfers
+from gdn_mup.study.optimum import Optimum, Transfer, transfers
 from gdn_mup.study.seeds import over_seeds
 
 TRANSFERRED, OWN_BEST = "transferred", "own best"
+_SAME = 1e-6  # octaves: learning rates no farther apart are one
 
 
 def best_rate(sweep: Transfer, width: int) -> float:
@@ -24,28 +25,28 @@ def best_rate(sweep: Transfer, width: int) -> float:
     return float(np.log2(mean.idxmin())) if mean.notna().any() else np.nan
 
 
-def losses_at(curve: pd.DataFrame, log2_rate: float) -> pd.Series:
-    """Each seed's loss at a learning rate, by the parabola through the three learning rates nearest to it.
+def losses_at(curve: pd.DataFrame, log2_rate: float, optimum: Optimum) -> pd.Series:
+    """Each seed's loss at a learning rate.
 
-    curve: rows are seeds, columns learning rates, NaN where diverged. All infinite if training diverges for any seed
-    at that learning rate, or at the next one of the grid on either side; all NaN beyond the ends of the grid.
+    curve: rows are seeds, columns learning rates, NaN where diverged. Between learning rates, seeds follow straight
+    lines, moved alike so that their mean lies on the loss curve of the optimum, if that is bracketed. All infinite if
+    training diverges for any seed at that learning rate, or at the next one of the grid on either side; all NaN beyond
+    the ends of the grid.
     """
     grid = np.log2(curve.columns.to_numpy(np.float64))
     finite = curve.notna().all().to_numpy()
-    everywhere = pd.Series(np.nan, index=curve.index)
-    after = int(np.searchsorted(grid, log2_rate - 1e-6))
-    if np.isnan(log2_rate) or after == len(grid) or log2_rate < grid[0] - 1e-6:
-        return everywhere
-    on_grid = abs(grid[after] - log2_rate) <= 1e-6
-    beside = [after] if on_grid else [after - 1, after]
-    if not finite[beside].all():
-        return everywhere.fillna(np.inf)
-    # Only learning rates with no divergence between them and this one.
-    run = np.flatnonzero(np.cumsum(~finite) == np.cumsum(~finite)[after])
-    run = run[finite[run]]
-    nearest = run[np.argsort(np.abs(grid[run] - log2_rate), kind="stable")[:3]]
-    coefficients = np.polyfit(grid[nearest] - log2_rate, curve.to_numpy(np.float64)[:, nearest].T, len(nearest) - 1)
-    return pd.Series(coefficients[-1], index=curve.index)
+    above = int(np.searchsorted(grid, log2_rate - _SAME))
+    if np.isnan(log2_rate) or above == len(grid) or log2_rate < grid[0] - _SAME:
+        return pd.Series(np.nan, index=curve.index)
+    below = above if grid[above] - log2_rate <= _SAME else above - 1
+    if not finite[[below, above]].all():
+        return pd.Series(np.inf, index=curve.index)
+    share = (log2_rate - grid[below]) / (grid[above] - grid[below]) if above > below else 0.0
+    losses = (1 - share) * curve.iloc[:, below] + share * curve.iloc[:, above]
+    drawn = optimum.curves
+    between = optimum.bracketed and drawn.places[0] <= log2_rate <= drawn.places[-1]
+    mean = float(np.interp(log2_rate, drawn.places, drawn.middle)) if between else losses.mean()
+    return losses - losses.mean() + mean
 
 
 def loss_table(dataset: xr.Dataset) -> pd.DataFrame:
@@ -59,7 +60,7 @@ def loss_table(dataset: xr.Dataset) -> pd.DataFrame:
         for width, curve in sweep.curves.items():
             for name, of in ((TRANSFERRED, sweep.base_width), (OWN_BEST, width)):
                 rate = best_rate(sweep, of)
-                losses = losses_at(curve, rate).to_numpy()
+                losses = losses_at(curve, rate, sweep.optima[width]).to_numpy()
                 value, low, high = over_seeds(losses) if np.isfinite(losses).all() else (losses[0], np.nan, np.nan)
                 rows.append(
                     {

@@ -126,5 +126,5 @@ def _differences_of(dataset: xr.Dataset) -> pd.DataFrame:
 
 def _best_losses(sweep: Transfer, width: int) -> pd.Series:
     """Each seed's loss at the width's best learning rate; NaN where every learning rate diverges."""
-    losses = losses_at(sweep.curves[width], best_rate(sweep, width))
+    losses = losses_at(sweep.curves[width], best_rate(sweep, width), sweep.optima[width])
     return losses.where(np.isfinite(losses))
