@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import xarray as xr
 from matplotlib.text import Text
-from synthetic import EXPONENTS, SLOPES, in_memory, study
+from synthetic import EXPONENTS, SLOPES, in_memory, job_file, study
 
 from gdn_mup.errors import UserError
 from gdn_mup.model.config import ModelSettings, model_shape
@@ -374,6 +374,18 @@ def test_growth_modes_lie_side_by_side(drawings: dict[str, figures.Drawing], bot
     assert set(drawing.table.growth) == {"heads", "head_dim"}
     slopes = drawing.table.groupby(["rules", "growth"]).slope.first()
     assert f"SP {signed(slopes['sp', 'heads'])} | {signed(slopes['sp', 'head_dim'])}" in title_of(drawing)
+
+
+def test_growth_modes_share_axes_that_span_both() -> None:
+    grid = {"log2_first": -11, "log2_last": -2}
+    sweep = {"optimizer": "adamw", "rules": ["sp"], "widths": [32, 64], "seeds": [0, 1, 2], "learning_rates": grid}
+    plan = study(sweeps=[sweep | {"growth": growth} for growth in GROWTH_TITLES])
+    slopes = {"heads": SLOPES | {"sp": -1.0}, "head_dim": SLOPES | {"sp": -3.0}}
+    jobs = [job_file(plan, job, slopes[job.growth]) for job in plan.jobs("lr_sweep")]
+    for ax in figures.growth_modes(datasets.combine(jobs, "lr_sweep", plan)).figure.axes[:2]:
+        low, high = ax.get_ylim()
+        heights = np.concatenate([line.get_ydata() for line in ax.lines])
+        assert len(heights) and low <= np.nanmin(heights) and np.nanmax(heights) <= high
 
 
 def test_only_rule_sets_of_both_modes_are_compared(both_modes: xr.Dataset, lr_sweep: xr.Dataset) -> None:

@@ -62,6 +62,10 @@ def growth_modes(dataset: xr.Dataset) -> Drawing:
         panels = axes[:, len(GROWTH_TITLES) * i :]
         for j, growth in enumerate(GROWTH_TITLES):
             upper, lower = panels[:, j]
+            if j > 0:  # before anything is drawn, so that the axis spans both
+                for ax, first in zip((upper, lower), panels[:, 0], strict=True):
+                    ax.sharey(first)
+                    ax.tick_params(labelleft=False)
             here = [s for s in both if s.growth == growth]
             for sweep in here:
                 shift = _SHIFT * (here.index(sweep) - (len(here) - 1) / 2)
@@ -70,10 +74,6 @@ def growth_modes(dataset: xr.Dataset) -> Drawing:
             width_axis(lower, distinct(width for s in here for width in s.widths))
             lower.set_xlabel("width")
             panel_title(upper, next(letter), f"{OPTIMIZER_TITLES[optimizer]}, {GROWTH_TITLES[growth]}")
-            for ax, first in zip((upper, lower), panels[:, 0], strict=True):
-                if ax is not first:
-                    ax.sharey(first)
-                    ax.tick_params(labelleft=False)
         for j, growth in enumerate(GROWTH_TITLES):
             _slopes(panels[0, j], [s for s in both if s.growth == growth], make_room=j == 0)
         power_axis(panels[0, 0].yaxis)

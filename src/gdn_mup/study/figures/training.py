@@ -75,8 +75,10 @@ def training_curves(dataset: xr.Dataset) -> Drawing:
             axes[i, 0].set_ylim(floor - 0.04 * (ceiling - floor), ceiling + 0.05 * (ceiling - floor))
         label = OPTIMIZER_TITLES[optimizer]
         axes[i, 0].set_ylabel(f"{label}, {GROWTH_TITLES[growth]}\nloss (nats/token)")
-    for ax in axes[-1]:
-        ax.set_xlabel("step (updates)")
+    for upper, lower in zip(axes, [*axes[1:], [None] * columns], strict=True):
+        for ax, below in zip(upper, lower, strict=True):
+            if below is None or below.figure is None:
+                ax.set_xlabel("step (updates)")
     title(figure, _wider_finding(wider_is_better))
     handles = [Line2D([], [], color=colours[w], label=f"{w}") for w in colours]
     handles += [

@@ -204,6 +204,7 @@ def optimum_vs_width(dataset: xr.Dataset) -> Drawing:
                 optima_against_width(ax, sweep, 0.05 * (k - (len(here) - 1) / 2), *look)
                 rows += optimum_rows(sweep)
             width_axis(ax, distinct(width for s in here for width in s.widths))
+            ax.set_xlabel("width")
             growing = f", growth by {GROWTH_TITLES[growth]}" if len(growths) > 1 else ""
             panel_title(ax, next(letter), OPTIMIZER_TITLES[optimizer] + growing)
             ax.legend(
@@ -212,8 +213,6 @@ def optimum_vs_width(dataset: xr.Dataset) -> Drawing:
             # Below the data, so that no line or bar runs through it: a share of the axis for its title and rows.
             shares[ax] = 0.085 * (len(here) + 1) + 0.04
         axes[i, 0].set_ylabel("best learning rate\n(at the base width)")
-    for ax in axes[-1]:
-        ax.set_xlabel("width")
     _same_octaves(shares)
     handles = [Line2D([], [], color="0.3", marker="|", ls="none", ms=9, label="95 % interval of an optimum")]
     if any(not optimum.bracketed for s in sweeps for optimum in s.optima.values()):
