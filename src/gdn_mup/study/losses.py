@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from gdn_mup.study.optimum import Optimum, Transfer, transfers
+from gdn_mup.study.optimum import Transfer, transfers
 from gdn_mup.study.seeds import over_seeds
 
 TRANSFERRED, OWN_BEST = "transferred", "own best"
@@ -25,13 +25,12 @@ def best_rate(sweep: Transfer, width: int) -> float:
     return float(np.log2(mean.idxmin())) if mean.notna().any() else np.nan
 
 
-def losses_at(curve: pd.DataFrame, log2_rate: float, optimum: Optimum) -> pd.Series:
+def losses_at(curve: pd.DataFrame, log2_rate: float, mean: float = np.nan) -> pd.Series:
     """Each seed's loss at a learning rate.
 
     curve: rows are seeds, columns learning rates, NaN where diverged. Between learning rates, seeds follow straight
-    lines, moved alike so that their mean lies on the loss curve of the optimum, if that is bracketed. All infinite if
-    training diverges for any seed at that learning rate, or at the next one of the grid on either side; all NaN beyond
-    the ends of the grid.
+    lines, all moved alike if the mean that they should have is known. All infinite if training diverges for any seed at
+    that learning rate, or at the next one of the grid on either side; all NaN beyond the ends of the grid.
     """
     grid = np.log2(curve.columns.to_numpy(np.float64))
     finite = curve.notna().all().to_numpy()
@@ -43,10 +42,19 @@ def losses_at(curve: pd.DataFrame, log2_rate: float, optimum: Optimum) -> pd.Ser
         return pd.Series(np.inf, index=curve.index)
     share = (log2_rate - grid[below]) / (grid[above] - grid[below]) if above > below else 0.0
     losses = (1 - share) * curve.iloc[:, below] + share * curve.iloc[:, above]
-    drawn = optimum.curves
-    between = optimum.bracketed and drawn.places[0] <= log2_rate <= drawn.places[-1]
-    mean = float(np.interp(log2_rate, drawn.places, drawn.middle)) if between else losses.mean()
-    return losses - losses.mean() + mean
+    return losses if np.isnan(mean) else losses - losses.mean() + mean
+
+
+def best_losses(sweep: Transfer, width: int) -> pd.Series:
+    """Each seed's loss at the width's best learning rate."""
+    return losses_at(sweep.curves[width], best_rate(sweep, width), sweep.optima[width].loss)
+
+
+def transferred_losses(sweep: Transfer, width: int) -> pd.Series:
+    """Each seed's loss at the base width's best learning rate."""
+    mean = sweep.optima[width].loss + sweep.regrets[width].value
+    rate = best_rate(sweep, sweep.base_width)
+    return losses_at(sweep.curves[width], rate, mean if np.isfinite(mean) else np.nan)
 
 
 def loss_table(dataset: xr.Dataset) -> pd.DataFrame:
@@ -57,10 +65,13 @@ def loss_table(dataset: xr.Dataset) -> pd.DataFrame:
     """
     rows = []
     for sweep in transfers(dataset):
-        for width, curve in sweep.curves.items():
-            for name, of in ((TRANSFERRED, sweep.base_width), (OWN_BEST, width)):
-                rate = best_rate(sweep, of)
-                losses = losses_at(curve, rate, sweep.optima[width]).to_numpy()
+        for width in sweep.widths:
+            ways = {
+                TRANSFERRED: (sweep.base_width, transferred_losses(sweep, width)),
+                OWN_BEST: (width, best_losses(sweep, width)),
+            }
+            for name, (of, at_rate) in ways.items():
+                losses = at_rate.to_numpy()
                 value, low, high = over_seeds(losses) if np.isfinite(losses).all() else (losses[0], np.nan, np.nan)
                 rows.append(
                     {
@@ -69,7 +80,7 @@ def loss_table(dataset: xr.Dataset) -> pd.DataFrame:
                         "rules": sweep.rules,
                         "width": width,
                         "learning_rate": name,
-                        "log2_learning_rate": rate,
+                        "log2_learning_rate": best_rate(sweep, of),
                         "bracketed": of in sweep.optima and sweep.optima[of].bracketed,
                         "loss": value,
                         "low": low,

@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from gdn_mup.study.losses import best_rate, losses_at
-from gdn_mup.study.optimum import Transfer, transfers
+from gdn_mup.study.losses import best_losses
+from gdn_mup.study.optimum import transfers
 from gdn_mup.study.seeds import over_seeds
 
 SOURCE = "arXiv 2606.04048"
@@ -97,7 +97,7 @@ def _differences_of_the_paper() -> pd.DataFrame:
 def _differences_of(dataset: xr.Dataset) -> pd.DataFrame:
     base_width = int(dataset.attrs["base_width"])
     best = {
-        (sweep.growth, sweep.optimizer, sweep.rules, width): _best_losses(sweep, width)
+        (sweep.growth, sweep.optimizer, sweep.rules, width): _finite(best_losses(sweep, width))
         for sweep in transfers(dataset)
         for width in sweep.widths
     }
@@ -124,7 +124,6 @@ def _differences_of(dataset: xr.Dataset) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _best_losses(sweep: Transfer, width: int) -> pd.Series:
-    """Each seed's loss at the width's best learning rate; NaN where every learning rate diverges."""
-    losses = losses_at(sweep.curves[width], best_rate(sweep, width), sweep.optima[width])
+def _finite(losses: pd.Series) -> pd.Series:
+    """Infinite losses, of training that diverges, have no differences."""
     return losses.where(np.isfinite(losses))
