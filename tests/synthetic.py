@@ -50,13 +50,18 @@ def study(**changes: Any) -> Study:
         "model": {"base_width": BASE_WIDTH, "heads": 2, "head_dim": 16, "value_head_dim": 16},
         "training": {"steps": 60, "warmup_steps": 6, "evaluate_every": 20},
         "sweeps": [
-            adamw | {"learning_rates": {"log2_first": -11, "log2_last": -2}},
-            adamw | {"optimizer": "sgd", "learning_rates": {"log2_first": -8, "log2_last": 0}},
+            adamw | {"learning_rates": {"log2_first": -11, "log2_last": -2, "log2_step": 0.5}},
+            adamw | {"optimizer": "sgd", "learning_rates": {"log2_first": -8, "log2_last": 0, "log2_step": 0.5}},
         ],
         "coordinate_checks": [adamw | {"learning_rate": 0.01}],
         "multiplier_checks": [adamw | {"learning_rate": 0.01}],
         "clipping_checks": [
-            adamw | {"optimizer": "sgd", "rules": ["gdn_mup"], "learning_rates": {"log2_first": -9, "log2_last": -1}}
+            adamw
+            | {
+                "optimizer": "sgd",
+                "rules": ["gdn_mup"],
+                "learning_rates": {"log2_first": -9, "log2_last": -1, "log2_step": 0.5},
+            }
         ],
         "tunings": [
             adamw

@@ -149,9 +149,9 @@ def test_rows_add_up_and_failed_runs_are_counted(evidence: dict[str, xr.Dataset]
     base = rows[(rows.kind == "lr_sweep") & (rows.optimizer == "adamw") & (rows.width == "32")].iloc[0]
     sweep = evidence["lr_sweep"].sel(optimizer="adamw", width=32)
     assert base.diverged == int(sweep.diverged.sel(rules="sp").sum()) > 0  # all rule sets are one there
-    assert base.members == 3 * 10 and base.tokens == 3 * 10 * 60 * 8 * 128
+    assert base.members == 3 * 19 and base.tokens == 3 * 19 * 60 * 8 * 128
     shape = model_shape(ModelSettings(**study().model.model_dump()), 32, "heads", 512)
-    assert base.flops == base.tokens * training_flops(shape) + 3 * 10 * 1000 * forward_flops(shape)
+    assert base.flops == base.tokens * training_flops(shape) + 3 * 19 * 1000 * forward_flops(shape)
     assert base.seconds == 3 * 12.5 and base.seconds_a_job == 12.5
 
 
@@ -168,8 +168,8 @@ def test_energy_that_some_jobs_report_says_how_many(evidence: dict[str, xr.Datas
 
 def test_a_sweep_is_a_share_of_its_job(evidence: dict[str, xr.Dataset]) -> None:
     """Of four rule sets' members at width 64, and of the one that stands for them at the base width."""
-    assert sweep_cost(evidence["lr_sweep"], "heads", "adamw", 64, 10).seconds == pytest.approx(12.5 / 4)
-    assert sweep_cost(evidence["lr_sweep"], "heads", "adamw", 32, 10).seconds == pytest.approx(12.5)
+    assert sweep_cost(evidence["lr_sweep"], "heads", "adamw", 64, 19).seconds == pytest.approx(12.5 / 4)
+    assert sweep_cost(evidence["lr_sweep"], "heads", "adamw", 32, 19).seconds == pytest.approx(12.5)
 
 
 def test_files_of_before_report_nothing(evidence: dict[str, xr.Dataset], tmp_path: Path) -> None:

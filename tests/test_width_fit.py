@@ -1,10 +1,12 @@
-"""Width exponents against statsmodels, and whether their intervals hold what they promise."""
+"""Width exponents against statsmodels and whether their intervals cover; the metrics of transfer at their edges."""
 
 import numpy as np
 import pytest
 import statsmodels.api as sm
+from synthetic import in_memory, study
 
-from gdn_mup.study.width_fit import width_exponent
+from gdn_mup.study.optimum import Optimum, transfer, transfers
+from gdn_mup.study.width_fit import asymptotic_loss_penalty, fit_error, robustness_exponent, width_exponent
 
 WIDTHS = [32, 64, 128, 256]
 
@@ -42,3 +44,22 @@ def test_intervals_of_exponents_cover(seeds: int, capsys: pytest.CaptureFixture[
         print(f"\nwidth exponent, {seeds} seeds: 95 % intervals cover {covered:.1f} % of 1000, "
               f"mean width {np.mean(found.high - found.low):.3f}")  # fmt: skip
     assert 92 <= covered <= 98
+
+
+def test_metrics_of_a_study() -> None:
+    """Optima on a line, curves alike, and losses of all rule sets the same."""
+    sweeps = {sweep.rules: sweep for sweep in transfers(in_memory(study(), "lr_sweep"), optimizer="adamw")}
+    ours, theirs = sweeps["gdn_mup"], sweeps["sp"]
+    optima = list(ours.optima.values())
+    assert 0.0 in fit_error(ours.widths, optima).interval
+    assert 0.0 in robustness_exponent(ours.widths, optima).interval
+    assert 0.0 in asymptotic_loss_penalty(ours.widths, list(theirs.optima.values()), optima).interval
+
+
+def test_metrics_say_why_there_is_no_number() -> None:
+    sweep = transfer(in_memory(study(), "lr_sweep"), "heads", "adamw", "mup")
+    assert sweep
+    optima = [*list(sweep.optima.values())[:1], Optimum(reason="every learning rate diverges")]
+    assert "fewer than three widths" in fit_error([32, 64], optima).reason
+    assert "fewer than two widths" in robustness_exponent([32, 64], optima).reason
+    assert "fewer than two widths" in asymptotic_loss_penalty([32, 64], optima, optima).reason

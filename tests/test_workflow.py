@@ -20,7 +20,7 @@ FIGURES = {
     *("lr_transfer_adamw", "lr_transfer_sgd", "optimum_vs_width", "loss_vs_width", "training_curves"),
     *("growth_modes", "published_losses", "base_width_tuning"),
 }
-TABLES = {"scaling_rules", "optima", "verdicts", "cost"}
+TABLES = {"scaling_rules", "optima", "transfer_metrics", "verdicts", "cost"}
 
 
 def figures(study: str) -> set[str]:

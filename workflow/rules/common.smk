@@ -165,7 +165,7 @@ def get_products(name: str) -> list[str]:
         figures += ["optimum_vs_width", "loss_vs_width", "training_curves", "published_losses"]
         if has_both_growth_modes(study):
             figures += ["growth_modes"]
-        tables += ["optima"]
+        tables += ["optima", "transfer_metrics"]
     if any(study.jobs(kind) for kind in EVIDENCE):
         tables += ["verdicts"]
     if get_kinds(study):

@@ -68,6 +68,7 @@ use rule figure_coordinate_check as figure_clipping with:
             "src/gdn_mup/study/figures/style.py",
             "src/gdn_mup/study/figures/clipping.py",
             "src/gdn_mup/study/clipping.py",
+            "src/gdn_mup/study/loss_curve.py",
             "src/gdn_mup/study/optimum.py",
         ],
     output:
@@ -122,6 +123,7 @@ use rule figure_coordinate_check as figure_lr_transfer with:
         code=[
             "src/gdn_mup/study/figures/style.py",
             "src/gdn_mup/study/figures/transfer.py",
+            "src/gdn_mup/study/loss_curve.py",
             "src/gdn_mup/study/optimum.py",
         ],
     output:
@@ -149,6 +151,7 @@ use rule figure_coordinate_check as figure_optimum_vs_width with:
         code=[
             "src/gdn_mup/study/figures/style.py",
             "src/gdn_mup/study/figures/transfer.py",
+            "src/gdn_mup/study/loss_curve.py",
             "src/gdn_mup/study/optimum.py",
         ],
     output:
@@ -177,6 +180,7 @@ use rule figure_coordinate_check as figure_loss_vs_width with:
             "src/gdn_mup/study/figures/style.py",
             "src/gdn_mup/study/figures/losses.py",
             "src/gdn_mup/study/losses.py",
+            "src/gdn_mup/study/loss_curve.py",
             "src/gdn_mup/study/optimum.py",
         ],
     output:
@@ -205,6 +209,7 @@ use rule figure_coordinate_check as figure_growth_modes with:
             "src/gdn_mup/study/figures/style.py",
             "src/gdn_mup/study/figures/growth.py",
             "src/gdn_mup/study/figures/transfer.py",
+            "src/gdn_mup/study/loss_curve.py",
             "src/gdn_mup/study/optimum.py",
         ],
     output:
@@ -234,6 +239,7 @@ use rule figure_coordinate_check as figure_published_losses with:
             "src/gdn_mup/study/figures/published.py",
             "src/gdn_mup/study/published.py",
             "src/gdn_mup/study/losses.py",
+            "src/gdn_mup/study/loss_curve.py",
             "src/gdn_mup/study/optimum.py",
         ],
     output:
@@ -261,6 +267,7 @@ use rule figure_coordinate_check as figure_training_curves with:
         code=[
             "src/gdn_mup/study/figures/style.py",
             "src/gdn_mup/study/figures/training.py",
+            "src/gdn_mup/study/loss_curve.py",
             "src/gdn_mup/study/optimum.py",
         ],
     output:

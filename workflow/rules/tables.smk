@@ -37,7 +37,7 @@ use rule table_scaling_rules as table_optima with:
     input:
         notebook="notebooks/optima.ipynb",
         lr_sweep="results/{study}/datasets/lr_sweep.nc",
-        code=["src/gdn_mup/study/optimum.py", "src/gdn_mup/study/tables.py"],
+        code=multiext("src/gdn_mup/study/", "loss_curve.py", "optimum.py", "tables.py"),
     output:
         csv="results/{study}/tables/optima.csv",
         page=report(
@@ -57,13 +57,38 @@ use rule table_scaling_rules as table_optima with:
         "Table of study {wildcards.study}: optima and transfer regret"
 
 
+use rule table_scaling_rules as table_transfer_metrics with:
+    input:
+        notebook="notebooks/transfer_metrics.ipynb",
+        lr_sweep="results/{study}/datasets/lr_sweep.nc",
+        code=multiext("src/gdn_mup/study/", "loss_curve.py", "optimum.py", "width_fit.py", "tables.py"),
+    output:
+        csv="results/{study}/tables/transfer_metrics.csv",
+        page=report(
+            "results/{study}/tables/transfer_metrics.html",
+            caption="../report/transfer_metrics.rst",
+            category="Tables",
+            labels={"table": "Metrics of transfer"},
+        ),
+        md="results/{study}/tables/transfer_metrics.md",
+        tex="results/{study}/tables/transfer_metrics.tex",
+        notebook="results/{study}/notebooks/transfer_metrics.ipynb",
+    log:
+        "results/{study}/logs/tables/transfer_metrics.log",
+    benchmark:
+        "results/{study}/benchmarks/tables/transfer_metrics.tsv"
+    message:
+        "Table of study {wildcards.study}: metrics of transfer"
+
+
 use rule table_scaling_rules as table_verdicts with:
     input:
         unpack(get_datasets(EVIDENCE)),
         notebook="notebooks/verdicts.ipynb",
         code=multiext(
             "src/gdn_mup/study/",
-            *("claims.py", "cost.py", "optimum.py", "exponents.py", "multiplier.py", "tuning.py", "tables.py"),
+            *("claims.py", "cost.py", "exponents.py", "loss_curve.py", "multiplier.py", "optimum.py", "tables.py"),
+            "tuning.py",
         ),
     output:
         csv="results/{study}/tables/verdicts.csv",

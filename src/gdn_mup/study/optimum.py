@@ -1,23 +1,13 @@
 """Where a loss curve has its minimum in log₂ learning rate, how that moves with width, and what missing it costs.
 
-The minimum is that of the parabola through the best learning rate of the grid and its two neighbours, on the
-mean over seeds. Its 95 % interval joins two uncertainties:
-
-noise      Seeds are paired: at one width all learning rates of a seed see the same batches. What is left after
-           taking out each seed's and each learning rate's mean is the noise of a single run. With the two to
-           five seeds of a study, resampling seeds has too few distinct outcomes to cover; so residual noise of
-           that size is drawn anew (a parametric bootstrap with Student's t for the few degrees of freedom).
-           With one seed, the third differences of the curve stand in for the noise; they overstate it.
-grid       Loss curves are steeper on one side, so the parabola depends on where the grid happens to lie. How
-           far the minimum moves when the parabola gives way to a cubic spline sets the size of that error.
-
-On smooth curves the intervals hold what they promise (tests/test_optimum.py). A curve that bends sharply within an
-octave of its minimum needs a grid finer than an octave: at that spacing no estimator sees the bend, and intervals
-are too short.
+All of it is read off draws of the loss curve (`loss_curve`), which know of noise, of few seeds and of what a grid
+leaves open between its points: the optimum and its 95 % interval are the median and the percentiles of the draws'
+minima; slope and regret are computed draw by draw.
 
 An optimum at the edge of the grid, or next to a learning rate at which a seed diverged, is not bracketed and
-has no number. Everything downstream (slope, regret) is computed from the same draws. Same data, same numbers:
-the random generator is seeded by what is estimated.
+has no number. Same data, same numbers: the random generator is seeded by what is estimated.
+
+The intervals hold what they promise on curves like those of real sweeps (tests/test_coverage.py).
 """
 
 import zlib
@@ -29,21 +19,19 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 from numpy.typing import NDArray
-from scipy.interpolate import CubicSpline
+from scipy import stats
 from statsmodels.regression.linear_model import WLS  # statsmodels.api takes another 0.6 seconds of every notebook
 from statsmodels.tools import add_constant
 
 from gdn_mup.errors import UserError
+from gdn_mup.study import loss_curve
+from gdn_mup.study.loss_curve import FEWEST_POINTS, Curves, draw_curves, value_at
 
 Array = NDArray[np.float64]
 
-DRAWS = 2000
-_SPLINE_DRAWS = 200
-_SPLINE_SHARE = 1.25  # the spline itself is off by some of the parabola's error; calibrated in tests/test_optimum.py
 TAIL = 0.025  # probability outside a 95 % interval, on either side
 _NORMAL_95 = 1.959964  # half width of a 95 % interval in standard deviations
-_NEIGHBOURS = 2  # grid points on either side of the minimum that noise and spline are taken from
-_FEWEST_POINTS = 4  # below this parabola and spline are the same curve and the grid's share is unknown
+_NO_CURVES = Curves(np.empty(0), np.empty((0, 0)), np.empty(0))
 
 
 class Interval(NamedTuple):
@@ -56,29 +44,29 @@ class Interval(NamedTuple):
         return isinstance(value, int | float) and self.low <= value <= self.high
 
 
-_NOWHERE = Interval(np.nan, np.nan)
+NOWHERE = Interval(np.nan, np.nan)
 
 
 @dataclass(frozen=True)
 class Optimum:
     """The minimum of one loss curve. When `reason` is not empty it is not bracketed and has no number.
 
-    `draws` [DRAWS] are log₂ learning rates distributed as the estimate's uncertainty; `noise_draws` the same
-    without the grid's share; `mean_draws` [DRAWS, learning rates] the curves they are the minima of.
+    `grid` [learning rates] and `losses` [seeds, learning rates] are the stretch without divergence that the minimum
+    lies in, `curves` the draws over it; `draws` and `loss_draws` [draws] are place and value of their minima.
     `diverges_above`: the learning rate that follows `grid` diverges.
     """
 
     log2_learning_rate: float = np.nan
-    interval: Interval = _NOWHERE
+    interval: Interval = NOWHERE
     loss: float = np.nan
-    loss_interval: Interval = _NOWHERE
+    loss_interval: Interval = NOWHERE
     reason: str = ""
     diverges_above: bool = False
     grid: Array = field(default_factory=lambda: np.empty(0), repr=False)
-    mean: Array = field(default_factory=lambda: np.empty(0), repr=False)
+    losses: Array = field(default_factory=lambda: np.empty((0, 0)), repr=False)
+    curves: Curves = field(default=_NO_CURVES, repr=False)
     draws: Array = field(default_factory=lambda: np.empty(0), repr=False)
-    noise_draws: Array = field(default_factory=lambda: np.empty(0), repr=False)
-    mean_draws: Array = field(default_factory=lambda: np.empty((0, 0)), repr=False)
+    loss_draws: Array = field(default_factory=lambda: np.empty(0), repr=False)
 
     @property
     def bracketed(self) -> bool:
@@ -94,7 +82,7 @@ class Regret:
     """
 
     value: float = np.nan
-    interval: Interval = _NOWHERE
+    interval: Interval = NOWHERE
     reason: str = ""
 
 
@@ -103,7 +91,7 @@ class Slope:
     """Change of the log₂ optimum per doubling of width, in octaves. `widths` are those with an optimum."""
 
     value: float = np.nan
-    interval: Interval = _NOWHERE
+    interval: Interval = NOWHERE
     intercept: float = np.nan  # log₂ learning rate at width 1
     widths: tuple[int, ...] = ()
     reason: str = ""
@@ -129,40 +117,27 @@ def find_optimum(log2_learning_rate: Array, losses: Array, random: np.random.Gen
     best = int(mean.argmin())
     if best in (0, len(mean) - 1):
         return Optimum(reason=f"best at {_power(grid[best])}, {low_edge if best == 0 else high_edge}")
-    if len(mean) < _FEWEST_POINTS:
+    if len(mean) < FEWEST_POINTS:
         return Optimum(reason=f"only {len(mean)} learning rates without divergence around the best")
 
-    noise, degrees_of_freedom = _noise(losses, best)
-    scale = np.sqrt(degrees_of_freedom / random.chisquare(degrees_of_freedom, DRAWS))
-    standard_error = noise / np.sqrt(len(losses))
-    mean_draws = mean + standard_error * scale[:, None] * random.standard_normal((DRAWS, len(mean)))
-    at_edge = np.array([(mean_draws.argmin(axis=1) == i).mean() for i in (0, len(mean) - 1)])
-    for share, edge, place in zip(at_edge, (low_edge, high_edge), (grid[0], grid[-1]), strict=True):
-        if share > TAIL:
+    drawn = draw_curves(grid, losses, random)
+    draws, loss_draws = drawn.minima()
+    for at_edge, edge, place in ((draws <= grid[0], low_edge, grid[0]), (draws >= grid[-1], high_edge, grid[-1])):
+        if at_edge.mean() > TAIL:
             return Optimum(reason=f"noise alone could place the best at {_power(place)}, {edge}")
 
-    estimate = float(_parabola_minimum(grid, mean[None])[0])
-    noise_draws = _parabola_minimum(grid, mean_draws)
-    # Over draws, since on the mean alone parabola and spline may agree by chance.
-    apart = _spline_minimum(grid, mean_draws[:_SPLINE_DRAWS]) - noise_draws[:_SPLINE_DRAWS]
-    grid_error = _SPLINE_SHARE * float(np.sqrt(np.mean(apart**2)))
-    draws = noise_draws + grid_error * scale * random.standard_normal(DRAWS)
-    # Centred on the estimate: the draws' own mean is off where noise makes the minimum jump between grid points.
-    draws += estimate - np.median(draws)
-    loss_draws = _loss_at(grid, mean_draws, noise_draws)
-    seeds_apart = losses[:, best].std(ddof=1) if len(losses) > 1 else 0.0
-    loss_draws = loss_draws + seeds_apart / np.sqrt(len(losses)) * scale * random.standard_normal(DRAWS)
+    estimate = float(np.median(draws))
     return Optimum(
         log2_learning_rate=estimate,
-        interval=_percentiles(draws),
-        loss=float(_loss_at(grid, mean[None], np.array([estimate]))[0]),
-        loss_interval=_percentiles(loss_draws),
+        interval=percentiles(draws),
+        loss=float(value_at(drawn.places, drawn.middle[None], np.array([estimate]))[0]),
+        loss_interval=percentiles(loss_draws + seed_noise([seed_effects(losses)], random)[0]),
         diverges_above=last < len(finite) - 1,
         grid=grid,
-        mean=mean,
+        losses=losses,
+        curves=drawn,
         draws=draws,
-        noise_draws=noise_draws,
-        mean_draws=mean_draws,
+        loss_draws=loss_draws,
     )
 
 
@@ -179,27 +154,23 @@ def transfer_regret(optimum: Optimum, base: Optimum) -> Regret:
         return Regret(reason=f"no optimum at the base width: {base.reason}")
     if not optimum.bracketed:
         return Regret(reason=f"no optimum at this width: {optimum.reason}")
-    grid = optimum.grid
-    if base.log2_learning_rate > grid[-1] and optimum.diverges_above:
+    grid, transferred = optimum.grid, base.log2_learning_rate
+    if transferred > grid[-1] and optimum.diverges_above:
         return Regret(np.inf, Interval(np.inf, np.inf))
-    if not grid[0] <= base.log2_learning_rate <= grid[-1]:
-        return Regret(reason=f"the transferred learning rate {_power(base.log2_learning_rate)} was not tried")
-    value = float(_loss_at(grid, optimum.mean[None], np.array([base.log2_learning_rate]))[0]) - optimum.loss
-    distance = base.draws - optimum.draws
-    transferred = optimum.noise_draws + distance
-    losses = _loss_at(grid, optimum.mean_draws, np.clip(transferred, grid[0], grid[-1]))
-    excess = np.maximum(losses - _loss_at(grid, optimum.mean_draws, optimum.noise_draws), 0)
-    excess[(transferred < grid[0]) | (transferred > grid[-1])] = np.inf
-    low, high = _percentiles(np.sign(distance) * np.sqrt(excess))
+    if not grid[0] <= transferred <= grid[-1]:
+        return Regret(reason=f"the transferred learning rate {_power(transferred)} was not tried")
+    drawn = optimum.curves
+    excess = np.maximum(drawn.at(base.draws) - optimum.loss_draws, 0)
+    low, high = percentiles(np.sign(base.draws - optimum.draws) * np.sqrt(excess))
     interval = Interval(0.0 if low <= 0 <= high else min(low**2, high**2), max(low**2, high**2))
-    return Regret(max(value, 0.0), interval)
+    at_base = value_at(drawn.places, drawn.middle[None], np.array([transferred]))
+    return Regret(max(0.0, float(at_base[0]) - optimum.loss), interval)
 
 
 def slope_against_width(widths: Sequence[int], optima: Sequence[Optimum]) -> Slope:
     """Weighted least squares of the log₂ optimum on log₂ width.
 
-    Each optimum counts by its own interval. Where the optima scatter about the line more than their
-    intervals allow, the slope's interval is widened by the same factor.
+    The interval knows how well each optimum is known, and widens where they do not lie on a line: see `fit_line`.
     """
     usable = [(width, optimum) for width, optimum in zip(widths, optima, strict=True) if optimum.bracketed]
     used = tuple(width for width, _ in usable)
@@ -210,15 +181,46 @@ def slope_against_width(widths: Sequence[int], optima: Sequence[Optimum]) -> Slo
             if not optimum.bracketed
         )
         return Slope(widths=used, reason=f"fewer than two widths have an optimum ({without or 'one width only'})")
-    sizes = np.array([(o.interval.high - o.interval.low) / (2 * _NORMAL_95) for _, o in usable])
-    sizes = np.maximum(sizes, 1e-9)  # noiseless curves
-    fit = WLS(
-        [optimum.log2_learning_rate for _, optimum in usable], add_constant(np.log2(used)), weights=sizes**-2
-    ).fit(cov_type="fixed scale")
-    scatter = float(np.sqrt(fit.ssr / fit.df_resid)) if fit.df_resid > 0 else 1.0
-    half_width = _NORMAL_95 * float(fit.bse[1]) * max(1.0, scatter)
-    intercept, value = map(float, fit.params)
-    return Slope(value, Interval(value - half_width, value + half_width), intercept, used)
+    line = fit_line(
+        np.log2(used),
+        np.array([optimum.log2_learning_rate for _, optimum in usable]),
+        np.array([optimum.draws for _, optimum in usable]),
+    )
+    return Slope(line.slope, line.slope_interval, line.intercept, used)
+
+
+class Line(NamedTuple):
+    """A straight line and 95 % intervals of its two numbers."""
+
+    intercept: float
+    slope: float
+    intercept_interval: Interval
+    slope_interval: Interval
+
+
+def fit_line(x: Array, values: Array, draws: Array) -> Line:
+    """Weighted least squares of `values` [points] on `x` [points], also of each draw of them, `draws` [points, draws].
+
+    Each point counts by its own 95 % interval. Where points scatter about the line more than their intervals
+    allow (χ², 5 %), the intervals are widened by the same factor.
+    """
+    sizes = standard_errors(draws)
+    model = WLS(values, add_constant(x), weights=sizes**-2)
+    fit = model.fit(cov_type="fixed scale")
+    freedom = len(x) - 2
+    strained = freedom > 0 and stats.chi2.sf(fit.ssr, freedom) < 0.05
+    widened = float(np.sqrt(fit.ssr / freedom)) if strained else 1.0
+    # The fit is linear in the values: the same coefficients give every draw's line.
+    off = (model.pinv_wexog / sizes) @ (draws - values[:, None])
+    intercept, slope = map(float, fit.params)
+    of_intercept, of_slope = (percentiles(value + widened * each) for value, each in zip(fit.params, off, strict=True))
+    return Line(intercept, slope, of_intercept, of_slope)
+
+
+def standard_errors(draws: Array) -> Array:
+    """Standard deviations [points] of normal distributions with the 95 % intervals of `draws` [points, draws]."""
+    low, high = np.quantile(draws, [TAIL, 1 - TAIL], axis=1)
+    return np.maximum((high - low) / (2 * _NORMAL_95), 1e-9)
 
 
 # From datasets to estimates
@@ -357,17 +359,6 @@ def _block(finite: NDArray[np.bool_], within: int) -> tuple[int, int]:
     return first, last
 
 
-def _noise(losses: Array, best: int) -> tuple[float, int]:
-    """Standard deviation of a single run's loss about the curve near the best, and its degrees of freedom."""
-    if len(losses) == 1:
-        third = np.diff(losses[0], n=3)  # of independent noise: 20 times its variance
-        return float(np.sqrt(np.mean(third**2) / 20)), len(third)
-    near = losses[:, max(0, best - _NEIGHBOURS) : best + _NEIGHBOURS + 1]
-    residual = near - near.mean(axis=0) - near.mean(axis=1, keepdims=True) + near.mean()
-    degrees_of_freedom = (near.shape[0] - 1) * (near.shape[1] - 1)
-    return float(np.sqrt((residual**2).sum() / degrees_of_freedom)), degrees_of_freedom
-
-
 def _seed_noise(losses: pd.DataFrame) -> float:
     mean = losses.mean(axis=0, skipna=False)
     if len(losses) < 2 or mean.isna().all():
@@ -375,51 +366,29 @@ def _seed_noise(losses: pd.DataFrame) -> float:
     return float(losses[mean.idxmin()].std())
 
 
-def _around(grid: Array, index: NDArray[np.intp], curve: Array) -> tuple[Array, Array, Array, float]:
-    """Curvature and slope per grid step, and value, of each curve's parabola centred at a grid point."""
-    rows = np.arange(len(curve))
-    left, middle, right = curve[rows, index - 1], curve[rows, index], curve[rows, index + 1]
-    return left - 2 * middle + right, (right - left) / 2, middle, float(grid[1] - grid[0])
+def seed_effects(losses: Array) -> Array:
+    """What each seed [seeds] adds to losses [seeds, learning rates] near the best of them: median over up to five."""
+    best = int(losses.mean(axis=0).argmin())
+    near = losses[:, max(0, best - 2) : best + 3]
+    return np.asarray(np.median(near - near.mean(axis=0), axis=1))
 
 
-def _parabola_minimum(grid: Array, curve: Array) -> Array:
-    """Minimum of the parabola through the best point and its neighbours; an edge that is best is itself.
+def seed_noise(effects: Sequence[Array], random: np.random.Generator) -> Array:
+    """Draws [curves, draws] of the error that effects of few seeds leave in means over seeds.
 
-    curve [draws, learning rates] -> [draws].
+    effects: for each curve one per seed, taken to vary as much at one curve as at another; 0 with one seed, unknown.
     """
-    best = curve.argmin(axis=1)
-    inner = np.clip(best, 1, len(grid) - 2)
-    curvature, slope, _, step = _around(grid, inner, curve)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        shift = np.where(curvature > 0, -slope / curvature, 0.0)
-    return np.where(best == inner, grid[inner] + step * np.clip(shift, -0.5, 0.5), grid[best])
+    freedom = sum(len(each) - 1 for each in effects)
+    if freedom == 0:
+        return np.zeros((len(effects), loss_curve.DRAWS))
+    squares = sum(float(((each - each.mean()) ** 2).sum()) for each in effects)
+    size = np.sqrt(squares / random.chisquare(freedom, loss_curve.DRAWS))
+    seeds = np.array([[len(each)] for each in effects])
+    return np.asarray(size / np.sqrt(seeds) * random.standard_normal((len(effects), loss_curve.DRAWS)))
 
 
-def _spline_minimum(grid: Array, curve: Array) -> Array:
-    """Minimum of the cubic spline through the points near the best, at most one grid step from it.
-
-    curve [draws, learning rates] -> [draws].
-    """
-    minimum = np.empty(len(curve))
-    best = curve.argmin(axis=1)
-    for index in np.unique(best):
-        near = slice(max(0, index - _NEIGHBOURS), index + _NEIGHBOURS + 1)
-        fine = np.linspace(grid[max(0, index - 1)], grid[min(len(grid) - 1, index + 1)], 201)
-        splines = CubicSpline(grid[near], curve[best == index][:, near], axis=1)(fine)
-        minimum[best == index] = fine[splines.argmin(axis=1)]
-    return minimum
-
-
-def _loss_at(grid: Array, curve: Array, place: Array) -> Array:
-    """Each curve at its own place, by the parabola through the three nearest grid points."""
-    step = grid[1] - grid[0]
-    nearest = np.clip(np.rint((place - grid[0]) / step).astype(np.intp), 1, len(grid) - 2)
-    curvature, slope, value, _ = _around(grid, nearest, curve)
-    distance = (place - grid[nearest]) / step
-    return value + slope * distance + curvature * distance**2 / 2
-
-
-def _percentiles(draws: Array) -> Interval:
+def percentiles(draws: Array) -> Interval:
+    """The 95 % interval of draws [draws]."""
     # An order statistic, not an interpolation: draws may be infinite.
     low, high = np.quantile(draws, [TAIL, 1 - TAIL], method="closest_observation")
     return Interval(float(low), float(high))

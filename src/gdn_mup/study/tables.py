@@ -16,8 +16,9 @@ from gdn_mup.scaling.growth import Growth, Part
 from gdn_mup.scaling.rules import RULE_SETS
 from gdn_mup.study.claims import Evidence, verdict_table
 from gdn_mup.study.files import replacing
-from gdn_mup.study.optimum import signed, transfers
+from gdn_mup.study.optimum import Slope, signed, transfers
 from gdn_mup.study.titles import GROWTH_TITLES, NOT_REPORTED, OPTIMIZER_TITLES, RULE_TITLES, with_unit
+from gdn_mup.study.width_fit import Metric, asymptotic_loss_penalty, fit_error, robustness_exponent
 
 
 def save(table: pd.DataFrame, stem: Path | str, printed: pd.DataFrame | None = None) -> None:
@@ -218,6 +219,71 @@ def printed_optima(table: pd.DataFrame) -> pd.DataFrame:
                 "transfer regret (nats/token)": regret,
             }
         )
+    return pd.DataFrame(rows)
+
+
+# Metrics of transfer
+
+
+def transfer_metrics(dataset: xr.Dataset) -> pd.DataFrame:
+    """How well a learning rate transfers, in numbers: slope and the three metrics of `width_fit`, with intervals.
+
+    One row per (growth, optimizer, rules); NaN and a reason where there is no number. The loss penalty is against SP.
+    Raises UserError if the study has no sweep.
+    """
+    sweeps = {(sweep.growth, sweep.optimizer, sweep.rules): sweep for sweep in transfers(dataset)}
+    rows = []
+    for (growth, optimizer, rules), sweep in sweeps.items():
+        optima = list(sweep.optima.values())
+        row: dict[str, object] = {
+            "growth": growth,
+            "optimizer": optimizer,
+            "rules": rules,
+            "widths": len(optima),
+            "bracketed": sum(optimum.bracketed for optimum in optima),
+        }
+        reference = sweeps.get((growth, optimizer, "sp"))
+        if rules == "sp" or reference is None:
+            penalty = Metric(reason="this is SP" if rules == "sp" else "no sweep under SP")
+        else:
+            shared = [width for width in sweep.widths if width in reference.optima]
+            penalty = asymptotic_loss_penalty(
+                shared, [sweep.optima[width] for width in shared], [reference.optima[width] for width in shared]
+            )
+        estimates: dict[str, Slope | Metric] = {
+            "slope": sweep.slope,
+            "fit_error": fit_error(sweep.widths, optima),
+            "robustness_exponent": robustness_exponent(sweep.widths, optima),
+            "loss_penalty": penalty,
+        }
+        for name, found in estimates.items():
+            low, high = found.interval
+            row |= {name: found.value, f"{name}_low": low, f"{name}_high": high, f"no_{name}": found.reason}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def printed_transfer_metrics(table: pd.DataFrame) -> pd.DataFrame:
+    """Metrics with intervals in brackets."""
+    columns = {
+        "slope": "slope (octaves per doubling)",
+        "fit_error": "fit error (octaves)",
+        "robustness_exponent": "robustness exponent",
+        "loss_penalty": "asymptotic loss penalty against SP (nats/token)",
+    }
+    rows = []
+    for row in table.to_dict("records"):
+        printed = {
+            "growth by": GROWTH_TITLES[row["growth"]],
+            "optimizer": OPTIMIZER_TITLES[row["optimizer"]],
+            "rules": RULE_TITLES[row["rules"]],
+            "widths with an optimum": f"{row['bracketed']} of {row['widths']}",
+        }
+        for name, title in columns.items():
+            ends = row[f"{name}_low"], row[f"{name}_high"]
+            known = not row[f"no_{name}"]
+            printed[title] = f"{signed(row[name])} [{signed(ends[0])}, {signed(ends[1])}]" if known else "–"
+        rows.append(printed)
     return pd.DataFrame(rows)
 
 

@@ -1,15 +1,33 @@
-"""How sizes scale with width: exponents with intervals."""
+"""How things scale with width: exponents of sizes, and three numbers that say how well a learning rate transfers.
+
+D. S. Kalra and M. Barkeshli (arXiv 2605.21486) judge hyperparameter transfer by the quality of the scaling law's fit,
+the robustness to extrapolation errors and the asymptotic loss penalty of a parametrization. These are the three
+quantities of their abstract; how each is measured is our choice, said at each function, and their numbers need not
+agree with ours.
+"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import optimize, stats
 
-from gdn_mup.study.optimum import TAIL
+from gdn_mup.study.optimum import NOWHERE, TAIL, Interval, Optimum, fit_line, seed_effects, seed_noise, standard_errors
 
 Array = NDArray[np.float64]
+
+_EXTRAPOLATION_ERROR = 0.5  # octaves off the optimum at which robustness looks
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number with its 95 % interval, or the reason why there is none."""
+
+    value: float = np.nan
+    interval: Interval = NOWHERE
+    reason: str = ""
 
 
 class Exponents(NamedTuple):
@@ -46,3 +64,85 @@ def width_exponent(widths: Sequence[int], sizes: ArrayLike) -> Exponents:
         spread = np.sqrt((residual**2).sum(axis=(-2, -1)) / freedom / square)
         half_width = np.where(freedom > 0, stats.t.isf(TAIL, np.maximum(freedom, 1)) * spread, np.nan)
     return Exponents(value, value - half_width, value + half_width)
+
+
+def fit_error(widths: Sequence[int], optima: Sequence[Optimum]) -> Metric:
+    """How far the true optima lie from a power law of width: standard deviation about the line, in octaves.
+
+    That is what remains of the scatter about `slope_against_width`'s line after each optimum's own uncertainty is
+    taken out: the between-study variance of a meta-regression (R. C. Paule and J. Mandel, 1982), its interval by
+    the Q-profile method (W. Viechtbauer, Statistics in Medicine 26, 2007). Three widths leave one degree of
+    freedom and an upper end far away.
+    """
+    used, usable = _bracketed(widths, optima)
+    if len(used) < 3:
+        return Metric(reason="fewer than three widths have an optimum")
+    values = np.array([optimum.log2_learning_rate for optimum in usable])
+    sizes = standard_errors(np.array([optimum.draws for optimum in usable]))
+    freedom = len(used) - 2
+
+    def scatter(extra: float) -> float:
+        weights = 1 / np.hypot(sizes, extra)
+        return float(np.polyfit(np.log2(used), values, 1, w=weights, full=True)[1][0])
+
+    def where(target: float) -> float:
+        if scatter(0.0) <= target:
+            return 0.0
+        far = 1.0
+        while scatter(far) > target:
+            far *= 4
+        return float(optimize.brentq(lambda extra: scatter(extra) - target, 0.0, far, xtol=1e-4))
+
+    low, high = (where(float(stats.chi2.ppf(p, freedom))) for p in (1 - TAIL, TAIL))
+    return Metric(where(float(freedom)), Interval(low, high))
+
+
+def robustness_exponent(widths: Sequence[int], optima: Sequence[Optimum]) -> Metric:
+    """The power of width that the cost of an extrapolation error grows with.
+
+    The cost at a width is the mean rise of the loss half an octave above and below the optimum (a step, on a coarser
+    grid), in nats; the exponent is the slope of its log against log width. Below 0: the wider the model, the less a
+    learning rate that is off costs.
+    """
+    used, usable = _bracketed(widths, optima)
+    if len(used) < 2:
+        return Metric(reason="fewer than two widths have an optimum")
+    error = max(_EXTRAPOLATION_ERROR, *(float(optimum.grid[1] - optimum.grid[0]) for optimum in usable))
+    costs = []
+    for width, optimum in zip(used, usable, strict=True):
+        sides = [optimum.curves.at(optimum.draws + off) for off in (-error, error)]
+        cost = np.mean(sides, axis=0) - optimum.loss_draws
+        if not (np.isfinite(cost) & (cost > 0)).mean() > 1 - TAIL:
+            return Metric(reason=f"width {width}: no losses {error:.2g} octaves to either side of the optimum")
+        costs.append(np.where(np.isfinite(cost) & (cost > 0), cost, np.median(cost)))
+    draws = np.log(np.array(costs))
+    line = fit_line(np.log(used), np.median(draws, axis=1), draws)
+    return Metric(line.slope, line.slope_interval)
+
+
+def asymptotic_loss_penalty(widths: Sequence[int], optima: Sequence[Optimum], reference: Sequence[Optimum]) -> Metric:
+    """What a parametrization costs in the limit of infinite width, both at their best learning rates: nats per token.
+
+    The difference of the best losses, `optima` less `reference` [widths], is taken to approach its limit like 1/width
+    and extrapolated. Widths at which the two are the same models (the base width) say nothing and are left out.
+    Seeds are paired, since the two see the same batches: what counts is the difference of each seed's effects.
+    """
+    pairs = [
+        (width, one, other)
+        for width, one, other in zip(widths, optima, reference, strict=True)
+        if one.bracketed and other.bracketed and len(one.losses) == len(other.losses)
+        if not np.array_equal(one.losses, other.losses)
+    ]
+    if len(pairs) < 2:
+        return Metric(reason="fewer than two widths at which both have an optimum and differ")
+    # Draws at one width may come from the same random numbers, which would cancel: the order of one is changed.
+    random = np.random.default_rng(0)
+    draws = np.array([one.loss_draws - random.permutation(other.loss_draws) for _, one, other in pairs])
+    draws += seed_noise([seed_effects(one.losses) - seed_effects(other.losses) for _, one, other in pairs], random)
+    line = fit_line(1 / np.array([width for width, _, _ in pairs]), np.median(draws, axis=1), draws)
+    return Metric(line.intercept, line.intercept_interval)
+
+
+def _bracketed(widths: Sequence[int], optima: Sequence[Optimum]) -> tuple[list[int], list[Optimum]]:
+    kept = [(width, optimum) for width, optimum in zip(widths, optima, strict=True) if optimum.bracketed]
+    return [width for width, _ in kept], [optimum for _, optimum in kept]

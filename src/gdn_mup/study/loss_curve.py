@@ -1,0 +1,153 @@
+"""A loss curve between and beside the learning rates that were tried: draws of what it may look like.
+
+The mean over seeds is known at the grid, up to noise; between grid points something has to be assumed. Here: a Gaussian
+process in log₂ learning rate (C. E. Rasmussen and C. K. I. Williams, 2006, chapter 2) with a Matérn covariance of
+smoothness 3/2, whose curves have a slope everywhere and may bend anywhere. Three things are particular to losses:
+
+walls       Losses rise by nats away from a valley that is hundredths deep, and what happens up there says little about
+            the valley's floor. The process is one of VALLEY · log(1 + excess / VALLEY), where excess is above the least
+            loss measured. A monotone function moves no minimum, and this one makes walls about as steep as the floor.
+edge        Training may be stable up to some learning rate and not beyond, where the loss jumps upwards. Whether there
+            is such an edge, and between which learning rates, is averaged over by likelihood: with an edge, what lies
+            beyond is no part of the process, and is what was measured, joined by straight lines.
+noise       Runs scatter more where training is unstable. A learning rate's noise is taken from the differences between
+            it and its neighbours, since what a seed has at all learning rates moves no minimum; with few seeds these
+            are moderated by the median over the grid (G. K. Smyth, 2004, doi 10.2202/1544-6115.1027).
+
+The constants are set once, for losses in nats per token, such that intervals cover on the sweeps with known truth of
+tests/test_coverage.py, which prints by how much. Draws carry noise and grid at once, and nothing is resampled: three
+seeds have too few distinct resamples.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+Array = NDArray[np.float64]
+
+DRAWS = 2000
+FEWEST_POINTS = 4  # three leave nothing to tell an edge or the noise from
+
+_VALLEY = 0.2  # nats
+_SIZE = 0.2  # nats: standard deviation of the process
+_LENGTH = 3.0  # octaves
+_LEVEL = 1.0  # nats: standard deviation of its mean, in effect free
+_EDGES = 0.15  # an octave, above the best learning rate
+_JUMPS = stats.t(df=2, scale=0.1)  # nats, from one learning rate to the next from the edge on
+_MODERATION = 4.0  # degrees of freedom that the median noise counts for
+_LEAST_NOISE = 1e-4  # nats: made-up losses may have none
+_FINE = 16  # places per octave at which curves are drawn
+_JITTER = 1e-9  # nats²: keeps covariances positive in floating point
+
+
+class Curves(NamedTuple):
+    """Draws of a loss curve. `places` [places]: log₂ learning rates, even, from the grid's first to its last; `losses`
+    [draws, places]; `middle` [places]: the median of the draws."""
+
+    places: Array
+    losses: Array
+    middle: Array
+
+    def minima(self) -> tuple[Array, Array]:
+        """log₂ learning rate and loss of each draw's minimum, [draws] each; at an end if the minimum is there."""
+        best = self.losses.argmin(axis=1)
+        centre = np.clip(best, 1, len(self.places) - 2)
+        rows = np.arange(len(self.losses))
+        left, middle, right = (self.losses[rows, centre + i] for i in (-1, 0, 1))
+        curvature, slope = left - 2 * middle + right, (right - left) / 2
+        inside = (best == centre) & (curvature > 0)
+        shift = np.where(inside, -slope / np.where(inside, curvature, 1.0), best - centre)
+        return (
+            self.places[centre] + shift * (self.places[1] - self.places[0]),
+            np.where(inside, middle + slope * shift / 2, self.losses[rows, best]),
+        )
+
+    def at(self, place: Array) -> Array:
+        """Each draw's loss [draws] at a place of its own, `place` [draws]; infinite outside of `places`."""
+        return value_at(self.places, self.losses, place)
+
+
+def draw_curves(grid: Array, losses: Array, random: np.random.Generator) -> Curves:
+    """Draws of the curve over a grid.
+
+    grid [learning rates]: log₂, ascending, evenly spaced. losses [seeds, learning rates]: finite, in nats.
+    """
+    points, step = len(grid), float(grid[1] - grid[0])
+    mean = losses.mean(axis=0)
+    best = int(mean.argmin())
+    stretch = 1 + (mean - mean[best]) / _VALLEY  # nats per nat of what the process is of
+    heights = _VALLEY * np.log(stretch)
+    noise = _noise_variance(losses, heights, stretch)
+    fine = max(2, round(step * _FINE))  # places per step, so that the grid is among them
+    places = grid[0] + np.arange(fine * (points - 1) + 1) * step / fine
+    prior = _covariance(len(places), round(step / fine, 9))
+    at_grid = prior[::fine, ::fine]
+
+    # The process is of the first `regular` learning rates: of all, or of those below an edge.
+    regular = np.arange(best + 1, points + 1)
+    below = step * np.arange(len(regular))  # octaves above the best learning rate without an edge
+    log_weights = -_EDGES * below + np.log(np.append(np.full(len(regular) - 1, -np.expm1(-_EDGES * step)), 1.0))
+    jumps = _JUMPS.logpdf(np.diff(heights))
+    for case, seen in enumerate(regular.tolist()):
+        of_seen = at_grid[:seen, :seen] + np.diag(noise[:seen])
+        log_weights[case] += stats.multivariate_normal.logpdf(heights[:seen], cov=of_seen) + jumps[seen - 1 :].sum()
+    weights = np.exp(log_weights - log_weights.max())
+    chosen = random.choice(len(regular), DRAWS, p=weights / weights.sum())
+
+    drawn: Array = np.empty((DRAWS, len(places)))
+    for case, seen in enumerate(regular.tolist()):
+        mine = chosen == case
+        count = int(mine.sum())
+        if count == 0:
+            continue
+        across = prior[:, ::fine][:, :seen]
+        gain = np.linalg.solve(at_grid[:seen, :seen] + np.diag(noise[:seen]), across.T).T
+        covariance = prior - gain @ across.T + _JITTER * np.eye(len(places))
+        curves = random.multivariate_normal(gain @ heights[:seen], covariance, count, method="cholesky")
+        if seen < points:
+            edge = grid[seen - 1] + step * random.uniform(size=(count, 1))
+            beyond = heights[seen:] + np.sqrt(noise[seen:]) * random.standard_normal((count, points - seen))
+            hats = np.array([np.interp(places, grid[seen:], one) for one in np.eye(points - seen)])
+            curves = np.where(places > edge, beyond @ hats, curves)
+        drawn[mine] = curves
+    drawn = mean[best] + _VALLEY * np.expm1(drawn / _VALLEY)
+    return Curves(places, drawn, np.asarray(np.median(drawn, axis=0)))
+
+
+def value_at(places: Array, curves: Array, place: Array) -> Array:
+    """Value [curves] of each curve [curves, places] at a place of its own; infinite outside of `places`."""
+    position = (place - places[0]) / (places[1] - places[0])
+    inside = (position >= -1e-9) & (position <= len(places) - 1 + 1e-9)
+    left = np.clip(np.where(inside, position, 0), 0, len(places) - 2).astype(np.intp)
+    rows = np.arange(len(curves))
+    value = curves[rows, left] + (position - left) * (curves[rows, left + 1] - curves[rows, left])
+    return np.where(inside, value, np.inf)
+
+
+def _noise_variance(losses: Array, heights: Array, stretch: Array) -> Array:
+    """Variance [learning rates] that noise gives to heights [learning rates], the process's view of the mean loss.
+
+    losses [seeds, learning rates]; stretch [learning rates]: nats of loss per nat of height.
+    """
+    seeds, points = losses.shape
+    if seeds == 1:  # third differences stand in for noise, 20 times its variance; they overstate it
+        third = np.diff(heights, n=3) ** 2 / 20
+        return np.full(points, max(float(np.mean(third)), _LEAST_NOISE**2))
+    between = np.diff(losses - losses.mean(axis=0), axis=1)  # what a seed has at all learning rates is not in it
+    variance = (between**2).sum(axis=0) / (seeds - 1) / 2
+    local = np.array([variance[max(0, i - 1) : i + 1].mean() for i in range(points)]) / stretch**2
+    freedom = 1.5 * (seeds - 1)  # of two differences that share a learning rate
+    usual = max(float(np.median(local)) * freedom / float(stats.chi2.median(freedom)), _LEAST_NOISE**2)
+    moderated = (_MODERATION * usual + freedom * local) / (_MODERATION + freedom)
+    # Larger by what the variance of Student's t is above that of the normal distribution.
+    return moderated * (_MODERATION + freedom) / (_MODERATION + freedom - 2) / seeds
+
+
+@lru_cache(maxsize=64)
+def _covariance(count: int, spacing: float) -> Array:
+    """Prior covariance [places, places] of the process at so many places, so many octaves apart."""
+    distance = np.sqrt(3) / _LENGTH * spacing * np.abs(np.subtract.outer(np.arange(count), np.arange(count)))
+    return _SIZE**2 * (1 + distance) * np.exp(-distance) + _LEVEL**2

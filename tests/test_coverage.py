@@ -1,0 +1,142 @@
+"""95 % intervals against the truth: each must cover it in 92 to 98 % of 1 000 made-up studies, and prints its share.
+
+The sweeps are those of loss_curves.py: three to five seeds, learning rates half an octave or an octave apart, and
+within a study all widths are of one group of curves. The limits hold for the mixture of groups, since which group
+a sweep is of is not known; what each covers is printed. Estimates that are not bracketed are counted and printed.
+
+Where a group alone is outside of the limits: made-up curves are smoother than measured ones and are covered in 98 to
+100 % of studies. SGD's are covered in 84 to 92 % on half octaves because of two of nine; the other seven are in 95 to
+100 %. One of the two rises by 0.26 nats within half an octave above its best learning rates, where Akima's
+interpolation gives it a dip of 0.02 nats between two learning rates, which no smooth curve follows: it is covered in
+23 %. The other has its optimum where noise sets in, of 0.11 nats a run, four times that half an octave lower: 67 %. The
+GPU's curves, whose optimum is the foot of a cliff 3 nats high or has another 0.04 nats above it an octave away, are
+covered less on octave grids.
+"""
+
+from collections import defaultdict
+
+import numpy as np
+import pytest
+from loss_curves import BEST_LOSS, MIX, LossCurve, draw_curve, grid_over, stretched
+
+from gdn_mup.study import loss_curve
+from gdn_mup.study.optimum import Interval, find_optimum, slope_against_width, transfer_regret
+from gdn_mup.study.width_fit import Metric, asymptotic_loss_penalty, fit_error, robustness_exponent
+
+STUDIES = 1000
+LEAST, MOST = 92.0, 98.0  # % of intervals that may cover
+
+
+@pytest.fixture(autouse=True)
+def coarse_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Coverage over a thousand studies needs no fine percentiles."""
+    monkeypatch.setattr(loss_curve, "DRAWS", 200)
+
+
+class Coverage:
+    """Intervals against their truth, by what they are of and by the group of curves."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, dict[str, list[tuple[float, Interval]]]] = defaultdict(lambda: defaultdict(list))
+        self.without: dict[str, int] = defaultdict(int)
+
+    def add(self, what: str, group: str, truth: float, interval: Interval, reason: str = "") -> None:
+        if reason:
+            self.without[what] += 1
+        else:
+            self.seen[what][group].append((truth, interval))
+
+    def check(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """Print a line for each quantity and one for its groups, then hold all to the limits."""
+        covered, lines = {}, [""]
+        for what, groups in self.seen.items():
+            everything = [pair for pairs in groups.values() for pair in pairs]
+            covered[what] = _percent(everything)
+            finite = [high - low for _, (low, high) in everything if np.isfinite(high)]
+            lines.append(
+                f"{what:32} covers {covered[what]:5.1f} % of {len(everything)}, median width {np.median(finite):.3f}; "
+                f"without a number: {self.without[what]}"
+            )
+            lines.append("    " + ", ".join(f"{group} {_percent(pairs):.0f}" for group, pairs in groups.items()))
+        with capsys.disabled():
+            print(*lines, sep="\n")
+        assert covered
+        assert all(LEAST <= share <= MOST for share in covered.values()), covered
+        assert all(sum(map(len, groups.values())) > 0.8 * STUDIES for groups in self.seen.values())
+
+
+def _percent(pairs: list[tuple[float, Interval]]) -> float:
+    return 100 * float(np.mean([low <= truth <= high for truth, (low, high) in pairs]))
+
+
+@pytest.mark.parametrize("spacing", [0.5, 1.0])
+def test_optimum_slope_and_regret(spacing: float, capsys: pytest.CaptureFixture[str]) -> None:
+    """Three widths, whose curves differ; regret after one doubling and after two."""
+    random, coverage = np.random.default_rng(1), Coverage()
+    for study in range(STUDIES):
+        group, seeds, slope = MIX[study % 9], 3 + study // 9 % 3, (0.0, -0.4, -1.0)[study // 27 % 3]
+        learning_rates = grid_over((2 * slope, 0), spacing, random)
+        curves = [draw_curve(group, random) for _ in range(3)]
+        optima = [
+            find_optimum(learning_rates, curve.sweep(learning_rates - i * slope, seeds, random), random)
+            for i, curve in enumerate(curves)
+        ]
+        first = optima[0]
+        coverage.add(f"optimum, {spacing} octaves", group, 0.0, first.interval, first.reason)
+        coverage.add(f"best loss, {spacing} octaves", group, BEST_LOSS, first.loss_interval, first.reason)
+        unbracketed = "".join(optimum.reason for optimum in optima)
+        line = slope_against_width([32, 64, 128], optima)
+        coverage.add(f"slope, {spacing} octaves", group, slope, line.interval, line.reason or unbracketed)
+        for i in (1, 2):
+            truth = float(curves[i].excess(np.array([-slope * i]))[0])
+            regret = transfer_regret(optima[i], first)
+            name = f"regret, {i} doubling{'s' * (i > 1)}, {spacing} octaves"
+            coverage.add(name, group, truth, regret.interval, regret.reason)
+    coverage.check(capsys)
+
+
+def test_optimum_of_one_seed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a second seed the noise is guessed from the curve itself."""
+    random, coverage = np.random.default_rng(3), Coverage()
+    for study in range(STUDIES):
+        group, spacing = MIX[study % 9], (0.5, 1.0)[study // 9 % 2]
+        learning_rates = grid_over((0, 0), spacing, random)
+        found = find_optimum(learning_rates, draw_curve(group, random).sweep(learning_rates, 1, random), random)
+        coverage.add("optimum, one seed", group, 0.0, found.interval, found.reason)
+    coverage.check(capsys)
+
+
+def test_metrics_of_transfer(capsys: pytest.CaptureFixture[str]) -> None:
+    """Four widths whose curves are alike. Optima scatter about a line, costs of being off go like width^κ, and other
+    rules, of other curves, lose in the limit."""
+    random, coverage = np.random.default_rng(2), Coverage()
+    widths, drift, kappa, limit, correction = [64, 128, 256, 512], 0.2, -0.3, 0.03, 2.0
+    compared = (widths[0], widths[-1])
+    for study in range(STUDIES):
+        group, seeds, spacing = MIX[study % 9], 3 + study // 9 % 3, (0.5, 1.0)[study // 27 % 2]
+        learning_rates = grid_over((-0.5, 0.5), spacing, random)
+        curve = draw_curve(group, random)
+        optima, others = [], []
+        for width in widths:
+            octaves, own = learning_rates - random.normal(0, drift), stretched(curve, random.uniform(0.8, 1.2))
+            scale = (width / widths[0]) ** kappa * _cost(curve, spacing) / _cost(own, spacing)
+            scaled = LossCurve(group, lambda u, s=scale, c=own: s * c.excess(u), own.noise, own.seed_effect)
+            alike = random.standard_normal((seeds, len(octaves)))
+            optima.append(find_optimum(learning_rates, scaled.sweep(octaves, seeds, random, alike), random))
+            if width in compared:
+                losses = draw_curve(group, random).sweep(learning_rates, seeds, random, alike)
+                others.append(find_optimum(learning_rates, losses + limit + correction / width, random))
+        estimates: dict[str, tuple[float, Metric]] = {
+            "fit error": (drift, fit_error(widths, optima)),
+            "robustness exponent": (kappa, robustness_exponent(widths, optima)),
+            "asymptotic loss penalty": (limit, asymptotic_loss_penalty(compared, others, optima[::3])),
+        }
+        for name, (truth, found) in estimates.items():
+            unbracketed = "".join(optimum.reason for optimum in optima)
+            coverage.add(name, group, truth, found.interval, found.reason or unbracketed)
+    coverage.check(capsys)
+
+
+def _cost(curve: LossCurve, off: float) -> float:
+    """Mean rise of the loss so many octaves off the optimum, in nats."""
+    return float(curve.excess(np.array([-off, off])).mean())
