@@ -323,6 +323,14 @@ def test_a_checkpoint_that_does_not_fit_is_set_aside(
         assert not checkpoint.exists()
 
 
+def test_what_a_kill_during_a_save_left_is_removed(tokens: TokenFile, validation: TokenFile, tmp_path: Path) -> None:
+    left = tmp_path / "job.checkpoint.partial"
+    left.mkdir()
+    (left / ".tmp123").write_bytes(b"half of a checkpoint")
+    run(make_trainer(MEMBERS, tokens), validation, **checkpointed(tmp_path) | {"checkpoint_seconds": 1e9})
+    assert not list(tmp_path.iterdir())
+
+
 def test_members_are_clipped_by_their_own_norm() -> None:
     gradients = {"a": torch.tensor([[3.0, 4.0], [0.3, 0.4]]), "b": torch.tensor([[0.0], [0.0]])}
     weights = {"a": torch.ones(2), "b": torch.ones(2)}

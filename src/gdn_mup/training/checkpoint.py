@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import logging
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -30,24 +31,26 @@ class Position(NamedTuple):
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], settings_hash: str, position: Position) -> None:
     """Replace the checkpoint at `path`; a reader sees the old one or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"settings_hash": settings_hash, "digest": _digest(tensors)}
     metadata |= {name: str(number) for name, number in position._asdict().items()}
+    partial = _partial(path)
+    partial.mkdir(parents=True, exist_ok=True)
     try:
-        save_file(tensors, temporary, metadata)
-        os.replace(temporary, path)
+        save_file(tensors, partial / path.name, metadata)
+        os.replace(partial / path.name, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(partial)
 
 
 def load_checkpoint(path: Path, settings_hash: str) -> tuple[dict[str, Tensor], Position] | None:
     """Tensors and the position they were saved at, or None if there is no checkpoint that fits.
 
     One of other settings, truncated, or changed since it was written is set aside under another name, with a
-    warning that says so: it is neither loaded nor deleted, and the job starts afresh.
+    warning that says so: it is neither loaded nor deleted, and the job starts afresh. What a process that was killed
+    while it saved has left is removed.
     """
+    shutil.rmtree(_partial(path), ignore_errors=True)
     if not path.exists():
         return None
     try:
@@ -64,6 +67,11 @@ def load_checkpoint(path: Path, settings_hash: str) -> tuple[dict[str, Tensor], 
         log.warning("%s: checkpoint refused: %s; set aside as %s; starting afresh", path, error, _set_aside(path).name)
         return None
     return tensors, position
+
+
+def _partial(path: Path) -> Path:
+    """A folder of its own for what is not complete: safetensors writes to temporary names that it does not tell."""
+    return path.with_name(f"{path.name}.partial")
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
