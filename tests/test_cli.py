@@ -9,19 +9,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from workflow_copy import ROOT
+from workflow_copy import ROOT, TINY
 
 from gdn_mup.study.datasets import open_dataset, open_job
 from gdn_mup.study.plan import SECTIONS
 
 STUDY = {
-    "corpus": {
-        "maximum_bytes": 300_000,
-        "tokenizer_sample_bytes": 200_000,
-        "vocabulary_size": 300,
-        "validation_fraction": 0.3,
-    },
-    "model": {"base_width": 16, "layers": 1, "heads": 2, "head_dim": 8, "value_head_dim": 8, "mlp_ratio": 2},
+    **TINY,
     "training": {"steps": 4, "warmup_steps": 1, "batch_size": 2, "context_length": 16, "evaluation_batches": 1},
     "coordinate_checks": [
         {

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import xarray as xr
 import yaml
-from workflow_copy import ROOT, WorkflowCopy
+from workflow_copy import ROOT, TINY, WorkflowCopy
 
 from gdn_mup.errors import EXIT_INTERRUPTED
 from gdn_mup.study.datasets import open_dataset, open_job
@@ -21,13 +21,7 @@ WORKFLOW_KILLS = 3
 SECONDS_TO_END = 10.0
 
 STUDY = {
-    "corpus": {
-        "maximum_bytes": 300_000,
-        "tokenizer_sample_bytes": 200_000,
-        "vocabulary_size": 300,
-        "validation_fraction": 0.3,
-    },
-    "model": {"base_width": 16, "layers": 1, "heads": 2, "head_dim": 8, "value_head_dim": 8, "mlp_ratio": 2},
+    **TINY,
     "training": {"steps": 600, "warmup_steps": 10, "batch_size": 2, "context_length": 16, "evaluation_batches": 1},
     "sweeps": [
         {

@@ -10,6 +10,18 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+
+# A corpus of real text and a model that are made and trained in seconds.
+TINY = {
+    "corpus": {
+        "maximum_bytes": 300_000,
+        "tokenizer_sample_bytes": 200_000,
+        "vocabulary_size": 300,
+        "validation_fraction": 0.3,
+    },
+    "model": {"base_width": 16, "layers": 1, "heads": 2, "head_dim": 8, "value_head_dim": 8, "mlp_ratio": 2},
+}
+
 SOURCES = ("Snakefile", "config", "environment.yml", "notebooks", "profiles", "pyproject.toml", "src", "workflow")
 
 

@@ -164,27 +164,10 @@ def sweep(
     device: Device = "auto",
 ) -> None:
     """Train every rule set and learning rate of one width, side by side, on the same batches."""
-    from gdn_mup.progress import progress
-    from gdn_mup.study.plan import Job, Sweep, load_study, settings_hash
-
-    loaded = load_study(study)
-    job = Job("lr_sweep", growth, optimizer, width, seed)  # type: ignore[arg-type]
-    experiment = loaded.experiment_of(job)
-    assert isinstance(experiment, Sweep)
-    settings = loaded.settings_of(job)
-    ready = _prepare(loaded, job, corpus, threads, device)
-    with progress(_title(job), 1) as report:
-        swept = _sweep(
-            ready,
-            job,
-            experiment.learning_rates.values,
-            loaded.training_of(experiment),
-            report,
-            checkpoint=checkpoint or output.with_name(f".{output.name}.checkpoint"),
-            settings_hash=settings_hash(settings),
-            checkpoint_seconds=checkpoint_seconds,
-        )
-    _write_job(swept.isel(trial=0), job, settings, ready, output)
+    planned = _planned(study, "lr_sweep", growth, optimizer, width, seed)
+    ready = _prepare(planned, corpus, threads, device)
+    swept = _sweep_from_checkpoint(planned, ready, checkpoint, checkpoint_seconds, output)
+    _write_job(swept.isel(trial=0), planned, ready, output)
 
 
 @app.command()
@@ -204,31 +187,15 @@ def tune(
     """Train every trial of a random search over multipliers at one width, side by side, on the same batches."""
     import pandas as pd
 
-    from gdn_mup.progress import progress
     from gdn_mup.study.datasets import JOB_VARIABLES
-    from gdn_mup.study.plan import Job, Tuning, load_study, settings_hash
 
-    loaded = load_study(study)
-    job = Job("tuning", growth, optimizer, width, seed)  # type: ignore[arg-type]
-    tuning = loaded.experiment_of(job)
-    assert isinstance(tuning, Tuning)
-    settings = loaded.settings_of(job)
-    ready = _prepare(loaded, job, corpus, threads, device)
-    with progress(_title(job), 1) as report:
-        trained = _sweep(
-            ready,
-            job,
-            tuning.learning_rates.values,
-            loaded.training_of(tuning),
-            report,
-            checkpoint=checkpoint or output.with_name(f".{output.name}.checkpoint"),
-            settings_hash=settings_hash(settings),
-            checkpoint_seconds=checkpoint_seconds,
-        )
-    multipliers = pd.DataFrame(tuning.multipliers).rename_axis(index="trial", columns="hyperparameter")
+    planned = _planned(study, "tuning", growth, optimizer, width, seed)
+    ready = _prepare(planned, corpus, threads, device)
+    trained = _sweep_from_checkpoint(planned, ready, checkpoint, checkpoint_seconds, output)
+    multipliers = pd.DataFrame(planned.experiment.multipliers).rename_axis(index="trial", columns="hyperparameter")
     final = trained.val_loss.isel(evaluation_step=-1, drop=True).where(trained.diverged == 0)
     dataset = trained.assign(final_loss=final, multipliers=multipliers)
-    _write_job(dataset[list(JOB_VARIABLES["tuning"])], job, settings, ready, output)
+    _write_job(dataset[list(JOB_VARIABLES["tuning"])], planned, ready, output)
 
 
 @app.command()
@@ -250,21 +217,17 @@ def coordinates(
     from gdn_mup.measurement.coordinates import coordinate_check
     from gdn_mup.model.language_model import OUTSIDE_BLOCKS
     from gdn_mup.progress import progress
-    from gdn_mup.study.plan import CoordinateCheck, Job, load_study
     from gdn_mup.training.energy import Meter
     from gdn_mup.training.sweep import Member
 
-    loaded = load_study(study)
-    job = Job("coordinates", growth, optimizer, width, seed)  # type: ignore[arg-type]
-    check = loaded.experiment_of(job)
-    assert isinstance(check, CoordinateCheck)
-    training = loaded.training_of(check)
-    ready = _prepare(loaded, job, corpus, threads, device)
+    planned = _planned(study, "coordinates", growth, optimizer, width, seed)
+    check, training = planned.experiment, planned.training
+    ready = _prepare(planned, corpus, threads, device)
     members = [Member(rules, check.learning_rate) for rules in check.rules]
     trainer = ready.make_trainer(members)
     probe = ready.validation.fixed_batches(1, check.probe_sequences, training.context_length)[0, :, :-1]
     meter = Meter(ready.device)
-    with progress(_title(job), max(check.steps) + 1) as report:
+    with progress(_title(planned.job), max(check.steps) + 1) as report:
         sizes = coordinate_check(trainer, members, check.steps, torch.from_numpy(probe), report)
     sizes.attrs["learning_rate"] = check.learning_rate
     ended = sizes.rms.isel(step=-1).sel(quantity="logits", layer=OUTSIDE_BLOCKS)
@@ -275,8 +238,7 @@ def coordinates(
         tokens=max(check.steps) * training.batch_size * training.context_length,
         evaluated_tokens=(len(check.steps) + 1) * probe.size,
     )
-    sizes = sizes.assign(costs)
-    _write_job(sizes, job, loaded.settings_of(job), ready, output)
+    _write_job(sizes.assign(costs), planned, ready, output)
 
 
 @app.command()
@@ -296,25 +258,21 @@ def multiplier(
 
     from gdn_mup.measurement.multiplier import multiplier_check
     from gdn_mup.progress import progress
-    from gdn_mup.study.plan import Job, MultiplierCheck, load_study
     from gdn_mup.training.energy import Meter
     from gdn_mup.training.sweep import Member, Trainer
 
-    loaded = load_study(study)
-    job = Job("multiplier", growth, optimizer, width, seed)  # type: ignore[arg-type]
-    check = loaded.experiment_of(job)
-    assert isinstance(check, MultiplierCheck)
-    training = loaded.training_of(check)
-    ready = _prepare(loaded, job, corpus, threads, "cpu")
+    planned = _planned(study, "multiplier", growth, optimizer, width, seed)
+    check, training = planned.experiment, planned.training
+    ready = _prepare(planned, corpus, threads, "cpu")
     probe = ready.validation.fixed_batches(1, check.probe_sequences, training.context_length)[0]
 
     def make_trainer(members: Sequence[Member], epsilon: float) -> Trainer:
-        model = loaded.model.model_copy(update={"norm_epsilon": epsilon})
+        model = planned.study.model.model_copy(update={"norm_epsilon": epsilon})
         trainer: Trainer = ready.make_trainer(members, model=model, dtype=torch.float64)
         return trainer
 
     meter = Meter(ready.device)
-    with progress(_title(job), len(check.epsilons) * (max(check.steps) + 1)) as report:
+    with progress(_title(planned.job), len(check.epsilons) * (max(check.steps) + 1)) as report:
         changes = multiplier_check(
             make_trainer,
             [Member(rules, check.learning_rate) for rules in check.rules],
@@ -337,8 +295,7 @@ def multiplier(
         tokens=max(check.steps) * training.batch_size * training.context_length + measured,
         evaluated_tokens=measured,
     )
-    changes = changes.assign(costs)
-    _write_job(changes, job, loaded.settings_of(job), ready, output)
+    _write_job(changes.assign(costs), planned, ready, output)
 
 
 @app.command()
@@ -358,23 +315,18 @@ def clipping(
 
     from gdn_mup.progress import progress
     from gdn_mup.study.datasets import COSTS, JOB_VARIABLES
-    from gdn_mup.study.plan import ClippingCheck, Job, load_study, settings_hash
 
-    loaded = load_study(study)
-    job = Job("clipping", growth, optimizer, width, seed)  # type: ignore[arg-type]
-    check = loaded.experiment_of(job)
-    assert isinstance(check, ClippingCheck)
-    settings = loaded.settings_of(job)
-    ready = _prepare(loaded, job, corpus, threads, device)
-    rates = check.learning_rates.values
+    planned = _planned(study, "clipping", growth, optimizer, width, seed)
+    check = planned.experiment
+    ready = _prepare(planned, corpus, threads, device)
     checkpoints = [output.with_name(f".{output.name}.{name}.checkpoint") for name in check.clippings]
     swept: list[xr.Dataset] = []
-    with progress(_title(job), len(check.clippings)) as report:
+    with progress(_title(planned.job), len(check.clippings)) as report:
         for name, checkpoint in zip(check.clippings, checkpoints, strict=True):
-            training = loaded.training_of(check).model_copy(update={"clipping": name})
+            training = planned.training.model_copy(update={"clipping": name})
             # Kept until the file is written: a killed job does not repeat the clippings that are done.
-            kept = {"checkpoint": checkpoint, "settings_hash": settings_hash(settings), "keep_checkpoint": True}
-            part = _sweep(ready, job, rates, training, _part_of(report, len(swept), name), **kept)
+            kept = {"checkpoint": checkpoint, "keep_checkpoint": True}
+            part = _sweep(planned, ready, training, _part_of(report, len(swept), name), **kept)
             swept.append(part.isel(trial=0))
     dataset = xr.concat(swept, xr.Variable("clipping", list(check.clippings)))
     # Every member has its own tokens, and the rest adds up.
@@ -382,7 +334,7 @@ def clipping(
         name: dataset[name][0] for name in ("tokens", "evaluated_tokens")
     }
     dataset = dataset.assign(spent)[list(JOB_VARIABLES["clipping"])].transpose("rules", "clipping", ...)
-    _write_job(dataset, job, settings, ready, output)
+    _write_job(dataset, planned, ready, output)
     for checkpoint in checkpoints:
         checkpoint.unlink()
 
@@ -461,6 +413,26 @@ def _title(job: "Job") -> str:
     return f"{job.kind}: {job.growth}, {job.optimizer}, width {job.width}, seed {job.seed}"
 
 
+class _Planned(NamedTuple):
+    """A job of a study."""
+
+    study: "Study"
+    job: "Job"
+    experiment: Any  # of the kind's own class
+    training: "TrainingSettings"
+    settings: dict[str, Any]
+
+
+def _planned(study: Path, kind: str, growth: str, optimizer: str, width: int, seed: int) -> _Planned:
+    """Raises UserError if the study asks for no such job."""
+    from gdn_mup.study.plan import Job, load_study
+
+    loaded = load_study(study)
+    job = Job(kind, growth, optimizer, width, seed)  # type: ignore[arg-type]
+    experiment = loaded.experiment_of(job)
+    return _Planned(loaded, job, experiment, loaded.training_of(experiment), loaded.settings_of(job))
+
+
 class _Ready(NamedTuple):
     """What a job needs before it trains."""
 
@@ -473,7 +445,7 @@ class _Ready(NamedTuple):
     device_name: str
 
 
-def _prepare(study: "Study", job: "Job", corpus: Path, threads: int | None, device: str) -> _Ready:
+def _prepare(planned: _Planned, corpus: Path, threads: int | None, device: str) -> _Ready:
     from functools import partial
 
     import torch
@@ -483,13 +455,12 @@ def _prepare(study: "Study", job: "Job", corpus: Path, threads: int | None, devi
     from gdn_mup.study.provenance import processor
     from gdn_mup.training.sweep import Trainer, members_in_cache, scaled_model
 
+    study, job, experiment, training, _ = planned
     cuda = _use_cuda(device)
     if threads:
         torch.set_num_threads(threads)
     torch.set_flush_denormal(True)  # a vanishing gradient must not slow the arithmetic down
     tokens, validation = (TokenFile.open(corpus / f"{part}.tokens") for part in ("train", "validation"))
-    experiment = study.experiment_of(job)
-    training = study.training_of(experiment)
     scaled = scaled_model(study.model, job.width, job.growth, tokens.vocabulary_size, experiment.rules, job.optimizer)
     if isinstance(experiment, Tuning):
         scaled = scaled._replace(trials=experiment.multipliers)
@@ -540,13 +511,22 @@ def _use_cuda(device: str) -> bool:
     return suitable
 
 
+def _sweep_from_checkpoint(
+    planned: _Planned, ready: _Ready, checkpoint: Path | None, checkpoint_seconds: float, output: Path
+) -> "xr.Dataset":
+    """`_sweep` with a progress bar, going on from the checkpoint, which lies beside the output by default."""
+    from gdn_mup.progress import progress
+
+    kept = {
+        "checkpoint": checkpoint or output.with_name(f".{output.name}.checkpoint"),
+        "checkpoint_seconds": checkpoint_seconds,
+    }
+    with progress(_title(planned.job), 1) as report:
+        return _sweep(planned, ready, planned.training, report, **kept)
+
+
 def _sweep(
-    ready: _Ready,
-    job: "Job",
-    learning_rates: tuple[float, ...],
-    training: "TrainingSettings",
-    report: "Report",
-    **options: Any,
+    planned: _Planned, ready: _Ready, training: "TrainingSettings", report: "Report", **options: Any
 ) -> "xr.Dataset":
     """Train every rule set, trial and learning rate of a job.
 
@@ -554,17 +534,20 @@ def _sweep(
     """
     from functools import partial
 
+    from gdn_mup.study.plan import settings_hash
     from gdn_mup.training.sweep import distinct_members, train
 
+    learning_rates = planned.experiment.learning_rates.values
     members, stands_for = distinct_members(ready.scaled, learning_rates, training.clipping)
     updates = training.steps * len(members)
     curves = train(
         members,
         partial(ready.make_trainer, training=training),
         ready.group_size(members),
-        job.width,
+        planned.job.width,
         training,
         ready.validation,
+        settings_hash=settings_hash(planned.settings),
         device=ready.device,
         report=lambda done, status="": report(done / updates, status),
         **options,
@@ -630,15 +613,16 @@ def _costs(
     return {**spent._asdict(), **counted, "tokens": tokens, "evaluated_tokens": evaluated_tokens}
 
 
-def _write_job(dataset: "xr.Dataset", job: "Job", settings: dict[str, Any], ready: _Ready, output: Path) -> None:
+def _write_job(dataset: "xr.Dataset", planned: _Planned, ready: _Ready, output: Path) -> None:
     """Add the job's coordinates and provenance, and write its file."""
     from gdn_mup.study.datasets import write
     from gdn_mup.study.provenance import provenance
 
+    job = planned.job
     dataset = dataset.assign_coords(growth=job.growth, optimizer=job.optimizer, width=job.width, seed=job.seed)
     dataset.attrs |= {
         "title": _title(job),
-        **provenance(settings, ready.device_name),
+        **provenance(planned.settings, ready.device_name),
         "corpus_sha256": ready.tokens.sha256,
         "vocabulary_size": ready.tokens.vocabulary_size,
     }

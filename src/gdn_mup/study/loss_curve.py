@@ -67,7 +67,11 @@ class Curves(NamedTuple):
 
     def at(self, place: Array) -> Array:
         """Each draw's loss [draws] at a place of its own, `place` [draws]; infinite outside of `places`."""
-        return value_at(self.places, self.losses, place)
+        return _value_at(self.places, self.losses, place)
+
+    def middle_at(self, place: float) -> float:
+        """The median's loss at a place; infinite outside of `places`."""
+        return float(_value_at(self.places, self.middle[None], np.array([place]))[0])
 
 
 def draw_curves(grid: Array, losses: Array, random: np.random.Generator) -> Curves:
@@ -117,7 +121,7 @@ def draw_curves(grid: Array, losses: Array, random: np.random.Generator) -> Curv
     return Curves(places, drawn, np.asarray(np.median(drawn, axis=0)))
 
 
-def value_at(places: Array, curves: Array, place: Array) -> Array:
+def _value_at(places: Array, curves: Array, place: Array) -> Array:
     """Value [curves] of each curve [curves, places] at a place of its own; infinite outside of `places`."""
     position = (place - places[0]) / (places[1] - places[0])
     inside = (position >= -1e-9) & (position <= len(places) - 1 + 1e-9)

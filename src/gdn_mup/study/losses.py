@@ -4,25 +4,11 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from gdn_mup.study.optimum import Transfer, transfers
+from gdn_mup.study.optimum import Transfer, best_rate, transfers
 from gdn_mup.study.seeds import over_seeds
 
 TRANSFERRED, OWN_BEST = "transferred", "own best"
 _SAME = 1e-6  # octaves: learning rates no farther apart are one
-
-
-def best_rate(sweep: Transfer, width: int) -> float:
-    """log₂ of the best learning rate of a width: its optimum, or the best of a grid that does not bracket it.
-
-    NaN if the width was not run, or if every learning rate diverges.
-    """
-    if width not in sweep.curves:
-        return np.nan
-    optimum = sweep.optima[width]
-    if optimum.bracketed:
-        return optimum.log2_learning_rate
-    mean = sweep.curves[width].mean(axis=0, skipna=False)
-    return float(np.log2(mean.idxmin())) if mean.notna().any() else np.nan
 
 
 def losses_at(curve: pd.DataFrame, log2_rate: float, mean: float = np.nan) -> pd.Series:

@@ -25,12 +25,12 @@ from statsmodels.tools import add_constant
 
 from gdn_mup.errors import UserError
 from gdn_mup.study import loss_curve
-from gdn_mup.study.loss_curve import FEWEST_POINTS, Curves, draw_curves, value_at
+from gdn_mup.study.loss_curve import FEWEST_POINTS, Curves, draw_curves
 
 Array = NDArray[np.float64]
 
 TAIL = 0.025  # probability outside a 95 % interval, on either side
-_NORMAL_95 = 1.959964  # half width of a 95 % interval in standard deviations
+_NORMAL_95 = stats.norm.isf(TAIL)  # half width of a 95 % interval in standard deviations
 _NO_CURVES = Curves(np.empty(0), np.empty((0, 0)), np.empty(0))
 
 
@@ -130,7 +130,7 @@ def find_optimum(log2_learning_rate: Array, losses: Array, random: np.random.Gen
     return Optimum(
         log2_learning_rate=estimate,
         interval=percentiles(draws),
-        loss=float(value_at(drawn.places, drawn.middle[None], np.array([estimate]))[0]),
+        loss=drawn.middle_at(estimate),
         loss_interval=percentiles(loss_draws + seed_noise([seed_effects(losses)], random)[0]),
         diverges_above=last < len(finite) - 1,
         grid=grid,
@@ -163,8 +163,7 @@ def transfer_regret(optimum: Optimum, base: Optimum) -> Regret:
     excess = np.maximum(drawn.at(base.draws) - optimum.loss_draws, 0)
     low, high = percentiles(np.sign(base.draws - optimum.draws) * np.sqrt(excess))
     interval = Interval(0.0 if low <= 0 <= high else min(low**2, high**2), max(low**2, high**2))
-    at_base = value_at(drawn.places, drawn.middle[None], np.array([transferred]))
-    return Regret(max(0.0, float(at_base[0]) - optimum.loss), interval)
+    return Regret(max(0.0, drawn.middle_at(transferred) - optimum.loss), interval)
 
 
 def slope_against_width(widths: Sequence[int], optima: Sequence[Optimum]) -> Slope:
@@ -327,17 +326,27 @@ def transfers(dataset: xr.Dataset, optimizer: str | None = None, growth: str | N
     return found
 
 
-def transferred_rate(sweep: Transfer) -> float | None:
-    """The learning rate of the grid nearest the base width's optimum."""
-    losses = sweep.curves.get(sweep.base_width)
-    if losses is None:
-        return None
-    optimum = sweep.optima[sweep.base_width]
+def best_rate(sweep: Transfer, width: int) -> float:
+    """log₂ of the best learning rate of a width: its optimum, or the best of a grid that does not bracket it.
+
+    NaN if the width was not run, or if every learning rate diverges.
+    """
+    if width not in sweep.curves:
+        return np.nan
+    optimum = sweep.optima[width]
     if optimum.bracketed:
-        rates = losses.columns.to_numpy(float)
-        return float(rates[np.abs(np.log2(rates) - optimum.log2_learning_rate).argmin()])
-    mean = losses.mean(axis=0, skipna=False)
-    return float(mean.idxmin()) if mean.notna().any() else None
+        return optimum.log2_learning_rate
+    mean = sweep.curves[width].mean(axis=0, skipna=False)
+    return float(np.log2(mean.idxmin())) if mean.notna().any() else np.nan
+
+
+def transferred_rate(sweep: Transfer) -> float | None:
+    """The learning rate of the grid nearest the base width's best one; None if there is none."""
+    best = best_rate(sweep, sweep.base_width)
+    if np.isnan(best):
+        return None
+    rates = sweep.curves[sweep.base_width].columns.to_numpy(float)
+    return float(rates[np.abs(np.log2(rates) - best).argmin()])
 
 
 def signed(value: float) -> str:

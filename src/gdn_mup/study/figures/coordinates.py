@@ -218,11 +218,11 @@ def _leaving(ax: Axes, x: np.ndarray, y: np.ndarray, beyond: int, edge: float, c
     ax.annotate(
         f"to $2^{{{farthest:.0f}}}$",
         (at, edge),
-        (-6, 0),
+        (5, 0),  # to its right: the exponents are written on its left
         textcoords="offset points",
         color=colour,
         fontsize=7,
-        ha="right",
+        ha="left",
         va="top" if edge > 0 else "bottom",
     )
 
