@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import xarray as xr
-from synthetic import study
+from synthetic import COSTS, study
 
 from gdn_mup.corpus.tokens import TokenFile
 from gdn_mup.errors import UserError
@@ -47,7 +47,7 @@ def measure(tokens: TokenFile, growth: str = "heads", optimizer: str = "adamw") 
             "commit": "0123abc",
             "device": "cpu",
         }
-        jobs.append(sizes)
+        jobs.append(sizes.assign(COSTS))
     return combine(jobs, "coordinates", plan)
 
 
