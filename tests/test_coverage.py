@@ -20,7 +20,14 @@ import pytest
 from loss_curves import BEST_LOSS, MIX, LossCurve, draw_curve, grid_over, stretched
 
 from gdn_mup.study import loss_curve
-from gdn_mup.study.optimum import Interval, find_optimum, slope_against_width, transfer_regret
+from gdn_mup.study.optimum import (
+    Interval,
+    best_loss_differences,
+    find_optimum,
+    percentiles,
+    slope_against_width,
+    transfer_regret,
+)
 from gdn_mup.study.width_fit import Metric, asymptotic_loss_penalty, fit_error, robustness_exponent
 
 STUDIES = 1000
@@ -131,6 +138,9 @@ def test_metrics_of_transfer(capsys: pytest.CaptureFixture[str]) -> None:
             "robustness exponent": (kappa, robustness_exponent(widths, optima)),
             "asymptotic loss penalty": (limit, asymptotic_loss_penalty(compared, others, optima[::3])),
         }
+        if others[-1].bracketed and optima[-1].bracketed:
+            difference = percentiles(best_loss_differences(others, optima[::3])[-1])
+            coverage.add("best loss less another's", group, limit + correction / widths[-1], difference)
         for name, (truth, found) in estimates.items():
             unbracketed = "".join(optimum.reason for optimum in optima)
             coverage.add(name, group, truth, found.interval, found.reason or unbracketed)

@@ -396,6 +396,19 @@ def seed_noise(effects: Sequence[Array], random: np.random.Generator) -> Array:
     return np.asarray(size / np.sqrt(seeds) * random.standard_normal((len(effects), loss_curve.DRAWS)))
 
 
+def best_loss_differences(optima: Sequence[Optimum], reference: Sequence[Optimum]) -> Array:
+    """Draws [widths, draws] of the best loss less a reference's, both bracketed and of the same seeds.
+
+    Seeds are paired, since the two see the same batches: what counts is the difference of each seed's effects, taken
+    to vary as much at one width as at another.
+    """
+    pairs = list(zip(optima, reference, strict=True))
+    # Draws at one width may come from the same random numbers, which would cancel: the order of one is changed.
+    random = np.random.default_rng(0)
+    draws = np.array([one.loss_draws - random.permutation(other.loss_draws) for one, other in pairs])
+    return draws + seed_noise([seed_effects(one.losses) - seed_effects(other.losses) for one, other in pairs], random)
+
+
 def percentiles(draws: Array) -> Interval:
     """The 95 % interval of draws [draws]."""
     # An order statistic, not an interpolation: draws may be infinite.

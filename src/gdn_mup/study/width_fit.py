@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import optimize, stats
 
-from gdn_mup.study.optimum import NOWHERE, TAIL, Interval, Optimum, fit_line, seed_effects, seed_noise, standard_errors
+from gdn_mup.study.optimum import NOWHERE, TAIL, Interval, Optimum, best_loss_differences, fit_line, standard_errors
 
 Array = NDArray[np.float64]
 
@@ -123,9 +123,9 @@ def robustness_exponent(widths: Sequence[int], optima: Sequence[Optimum]) -> Met
 def asymptotic_loss_penalty(widths: Sequence[int], optima: Sequence[Optimum], reference: Sequence[Optimum]) -> Metric:
     """What a parametrization costs in the limit of infinite width, both at their best learning rates: nats per token.
 
-    The difference of the best losses, `optima` less `reference` [widths], is taken to approach its limit like 1/width
-    and extrapolated. Widths at which the two are the same models (the base width) say nothing and are left out.
-    Seeds are paired, since the two see the same batches: what counts is the difference of each seed's effects.
+    The difference of the best losses, `optima` less `reference` [widths], seeds paired, is taken to approach its limit
+    like 1/width and extrapolated. Widths at which the two are the same models (the base width) say nothing and are left
+    out.
     """
     pairs = [
         (width, one, other)
@@ -135,10 +135,7 @@ def asymptotic_loss_penalty(widths: Sequence[int], optima: Sequence[Optimum], re
     ]
     if len(pairs) < 2:
         return Metric(reason="fewer than two widths at which both have an optimum and differ")
-    # Draws at one width may come from the same random numbers, which would cancel: the order of one is changed.
-    random = np.random.default_rng(0)
-    draws = np.array([one.loss_draws - random.permutation(other.loss_draws) for _, one, other in pairs])
-    draws += seed_noise([seed_effects(one.losses) - seed_effects(other.losses) for _, one, other in pairs], random)
+    draws = best_loss_differences([one for _, one, _ in pairs], [other for _, _, other in pairs])
     line = fit_line(1 / np.array([width for width, _, _ in pairs]), np.median(draws, axis=1), draws)
     return Metric(line.intercept, line.intercept_interval)
 

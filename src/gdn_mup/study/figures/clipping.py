@@ -105,8 +105,9 @@ def _norm_panel(ax: Axes, here: pd.DataFrame, fits: pd.DataFrame, sweeps: Clippe
         by_width = here[here.clipping == clipping].dropna(subset="norm").groupby("width").norm
         widths = np.array(sorted(by_width.groups), float)
         fit = fits[fits.clipping == clipping].iloc[0]
-        low, high = signed(fit.low), signed(fit.high)
-        label = f"{signed(fit.exponent)} [{low}, {high}]" if np.isfinite(fit.exponent) else "diverges"
+        label = signed(fit.exponent) if np.isfinite(fit.exponent) else "diverges"
+        if np.isfinite([fit.low, fit.high]).all():  # one seed has no interval
+            label += f" [{signed(fit.low)}, {signed(fit.high)}]"
         if len(widths):
             x, y = np.log2(widths), np.log2([geometric_mean(by_width.get_group(w).to_numpy()) for w in widths])
             ax.vlines(x + shift, np.log2(by_width.min()), np.log2(by_width.max()), color=colour, lw=1)
