@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 SHELL := /bin/bash
 INSTALLED := .venv/.installed
 
-.PHONY: help reproduce environment test lint format reference lock clean-study
+.PHONY: help reproduce environment test publish lint format reference lock clean-study
 .DEFAULT_GOAL := help
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make format                 let ruff, snakefmt and nbstripout repair what 'make lint' would complain about"
 	@echo "make environment            .venv with exactly the packages of requirements.lock"
 	@echo "make reference              write config/README.md's reference of every key, and the JSON schema, again"
+	@echo "make publish STUDY=h200     collect the kept jobs in results/reference/h200/jobs into the datasets beside them"
 	@echo "make lock                   resolve pyproject.toml into requirements.lock again (UPGRADE=1: newest versions)"
 	@echo "make clean-study STUDY=x    delete results/x"
 
@@ -53,6 +54,13 @@ $(INSTALLED): requirements.lock pyproject.toml
 test: environment
 	python -m pytest
 	@$(MAKE) --no-print-directory lint
+
+# The datasets of results/reference/, each of the jobs that are kept beside it.
+publish: environment
+	@for kind in results/reference/$(STUDY)/jobs/*; do \
+	    gdn-mup collect --study config/studies/$(STUDY).yaml --kind $$(basename $$kind) \
+	        --output results/reference/$(STUDY)/$$(basename $$kind).nc $$kind/*.nc; \
+	done
 
 lint: environment
 	ruff check

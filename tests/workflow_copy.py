@@ -22,7 +22,10 @@ TINY = {
     "model": {"base_width": 16, "layers": 1, "heads": 2, "head_dim": 8, "value_head_dim": 8, "mlp_ratio": 2},
 }
 
-SOURCES = ("Snakefile", "config", "environment.yml", "notebooks", "profiles", "pyproject.toml", "src", "workflow")
+SOURCES = (
+    *("Snakefile", "config", "environment.yml", "notebooks", "profiles", "pyproject.toml", "results/reference", "src"),
+    "workflow",
+)
 
 
 class WorkflowCopy:

@@ -103,17 +103,35 @@ def get_job_files(kind: str):
     return get_files
 
 
-def get_kinds(study: Study) -> list[str]:
-    """The kinds of experiments that a study has, which are those of its datasets."""
-    return [kind for kind in KINDS if study.jobs(kind)]
+def is_published() -> bool:
+    """Whether datasets are the published ones (`runs: reference`) rather than those of this machine's own jobs."""
+    if config["runs"] not in ("own", "reference"):
+        stop(UserError(f"config: runs: {config['runs']!r}: use own or reference"))
+    return config["runs"] == "reference"
+
+
+def get_kinds(name: str) -> list[str]:
+    """The kinds of datasets that there are of a study: those of its experiments, or those that are published."""
+    if not is_published():
+        return [kind for kind in KINDS if get_study(name).jobs(kind)]
+    kinds = [kind for kind in KINDS if os.path.isfile(f"results/reference/{name}/{kind}.nc")]
+    if not kinds:
+        published = sorted({os.path.basename(os.path.dirname(path)) for path in glob.glob("results/reference/*/*.nc")})
+        stop(
+            UserError(
+                f"config: runs: no datasets of study {name} are published in results/reference/{name}; "
+                f"there are those of: {', '.join(published) or 'none'}"
+            )
+        )
+    return kinds
 
 
 def get_datasets(kinds: tuple[str, ...]):
     """For `input`: the datasets of these kinds that the study has, by kind."""
 
     def get_files(wildcards) -> dict[str, str]:
-        study = get_study(wildcards.study)
-        return {kind: f"results/{wildcards.study}/datasets/{kind}.nc" for kind in get_kinds(study) if kind in kinds}
+        name = wildcards.study
+        return {kind: f"results/{name}/datasets/{kind}.nc" for kind in get_kinds(name) if kind in kinds}
 
     return get_files
 
@@ -148,27 +166,27 @@ def has_both_growth_modes(study: Study) -> bool:
 
 def get_products(name: str) -> list[str]:
     """Every figure and table for which the study has the experiments."""
-    study = get_study(name)
+    study, kinds = get_study(name), get_kinds(name)
     figures, tables = [], ["scaling_rules"]
-    if study.coordinate_checks:
+    if "coordinates" in kinds:
         figures += ["coordinate_check", "gate_dynamics"]
         if any(len(check.widths) > 1 for check in study.coordinate_checks):
             figures += ["predicted_exponents", "gate_gradients"]
-    if study.multiplier_checks:
+    if "multiplier" in kinds:
         figures += ["norm_epsilon"]
-    if study.clipping_checks:
+    if "clipping" in kinds:
         figures += ["clipping"]
-    if study.tunings:
+    if "tuning" in kinds:
         figures += ["base_width_tuning"]
-    if study.sweeps:
+    if "lr_sweep" in kinds:
         figures += [f"lr_transfer_{sweep.optimizer}" for sweep in study.sweeps]
         figures += ["optimum_vs_width", "loss_vs_width", "training_curves", "published_losses"]
         if has_both_growth_modes(study):
             figures += ["growth_modes"]
         tables += ["optima", "transfer_metrics"]
-    if any(study.jobs(kind) for kind in EVIDENCE):
+    if set(kinds) & set(EVIDENCE):
         tables += ["verdicts"]
-    if get_kinds(study):
+    if kinds:
         tables += ["cost"]
     return [
         f"results/{name}/{product}"

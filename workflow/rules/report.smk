@@ -15,7 +15,9 @@ rule report_html:
     resources:
         mem_mb=1000,
         runtime=10,
+    params:
+        runs=config["runs"],
     message:
         "Report of study {wildcards.study}"
     shell:
-        "snakemake --config study={wildcards.study} --report {output} -- {input.products} > {log} 2>&1"
+        "snakemake --config study={wildcards.study} runs={params.runs} --report {output} -- {input.products} > {log} 2>&1"

@@ -151,13 +151,14 @@ def wider_is_better(sweep: Transfer) -> tuple[VerdictName, str]:
         gain, low, high = _paired_gain(sweep, narrow, wide, base.log2_learning_rate)
         if np.isinf(gain):
             return "not reproduced", f"width {wide}: training diverges at the transferred learning rate"
-        steps.append((low, high, f"{narrow} to {wide}: {gain:.3f} nats [{low:.3f}, {high:.3f}]"))
+        ends = f"[{low:.3f}, {high:.3f}]" if np.isfinite([low, high]).all() else "(one seed)"
+        steps.append((low, high, f"{narrow} to {wide}: {gain:.3f} nats {ends}"))
     reason = "loss falls at the transferred learning rate, " + ", ".join(text for _, _, text in steps)
     if all(low > 0 for low, _, _ in steps):
         return "reproduced", reason
     if any(high < 0 for _, high, _ in steps):
         return "not reproduced", reason
-    return "inconclusive", f"{reason}: an interval contains 0"
+    return "inconclusive", f"{reason}: not every step has an interval that excludes 0"
 
 
 def no_worse_than_sp(claim: str, evidence: Evidence) -> list[Verdict]:
@@ -485,7 +486,7 @@ def _paired_gain(sweep: Transfer, narrow: int, wide: int, log2_rate: float) -> t
         curve = sweep.curves[width]
         rates = np.log2(curve.columns.to_numpy(np.float64))
         losses.append(curve.iloc[:, int(np.abs(rates - log2_rate).argmin())])
-    gains = (losses[0] - losses[1]).to_numpy(np.float64)
+    gains = (losses[0] - losses[1]).dropna().to_numpy(np.float64)  # of the seeds that were run at both
     if not np.isfinite(losses[1]).all():
         return np.inf, np.nan, np.nan
     return over_seeds(gains)
@@ -506,6 +507,8 @@ def _best_losses(sweep: Transfer, reference: Transfer) -> tuple[VerdictName, str
     reason = (
         f"best loss at width {width} less SP's: {signed(one.loss - other.loss)} nats [{signed(low)}, {signed(high)}]"
     )
+    if all(len(one.losses) < 2 for one, _ in pairs.values()):
+        return "inconclusive", f"{reason}, one seed: the interval does not know how seeds differ"
     if high <= REGRET_TOLERANCE:
         return "reproduced", reason
     return ("not reproduced" if low > 0 else "inconclusive"), reason

@@ -11,7 +11,7 @@ The intervals hold what they promise on curves like those of real sweeps (tests/
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -353,6 +353,13 @@ def signed(value: float) -> str:
     """Two decimals with a sign; a true minus, and no sign on what rounds to zero."""
     rounded = round(float(value), 2)
     return "0.00" if rounded == 0 else f"{rounded:+.2f}".replace("-", "−")
+
+
+def signed_range(values: Iterable[float]) -> str:
+    """The least and the most of some values, or the one that they all are."""
+    ordered = sorted(values)
+    least, most = signed(ordered[0]), signed(ordered[-1])
+    return least if least == most else f"{least} to {most}"
 
 
 # Parts of the estimators

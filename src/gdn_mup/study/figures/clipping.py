@@ -32,7 +32,7 @@ from gdn_mup.study.figures.style import (
     width_axis,
 )
 from gdn_mup.study.figures.transfer import optima_against_width
-from gdn_mup.study.optimum import signed
+from gdn_mup.study.optimum import signed, signed_range
 from gdn_mup.study.seeds import over_seeds
 from gdn_mup.study.titles import GROWTH_TITLES, OPTIMIZER_TITLES, RULE_TITLES
 
@@ -139,15 +139,10 @@ def _norms_finding(exponents: pd.DataFrame) -> str:
             part = exponents[(exponents.clipping == "global_norm") & np.isfinite(exponents.exponent)]
         stages = [part[part.stage == stage].exponent for stage in STAGES]
         if all(len(stage) for stage in stages):
-            parts.append(f"{name} {_range(stages[0])}, {_range(stages[1])}")
+            parts.append(f"{name} {signed_range(stages[0])}, {signed_range(stages[1])}")
     if not parts:
         return "Norms were measured at too few widths to say how they grow."
     return f"Width exponent of the gradient norm, at init and late: {'; '.join(parts)}."
-
-
-def _range(values: pd.Series) -> str:
-    least, most = signed(values.min()), signed(values.max())
-    return least if least == most else f"{least} to {most}"
 
 
 def _optima_finding(found: list[ClippedSweeps]) -> str:

@@ -22,7 +22,7 @@ from gdn_mup.study.figures.style import (
     title,
     unbroken,
 )
-from gdn_mup.study.optimum import signed
+from gdn_mup.study.optimum import signed_range
 from gdn_mup.study.published import PAPER, PAPER_SETTING, SOURCE, STUDY, Setting, loss_differences, study_setting
 from gdn_mup.study.titles import GROWTH_TITLES, OPTIMIZER_TITLES, RULE_TITLES
 
@@ -93,20 +93,26 @@ def _budgets(ax: Axes, dataset: xr.Dataset, paper: pd.DataFrame, ours: pd.DataFr
     dark: dict[str, Any] = {"color": "0.3", "marker": "o", "ms": 4.5, "lw": 1.1}
     hollow = dark | {"mfc": "white", "ls": _DASHED}
     theirs = f"{SOURCE}: {_budget(PAPER_SETTING, paper.width)}, {GROWTH_TITLES[PAPER_SETTING.growth]}"
-    budgets = distinct(
-        _budget(study_setting(dataset, growth, optimizer), ours.width)
+    settings = [
+        study_setting(dataset, growth, optimizer)
         for growth, optimizer in distinct(zip(ours.growth, ours.optimizer, strict=True))
-    )
+    ]
+    seeds = [setting.seeds for setting in settings]
+    budgets = distinct(_budget(setting, ours.width, *seeds) for setting in settings)
     handles = [Line2D([], [], label=theirs, **hollow)]
     handles += [Line2D([], [], label=f"this study: {budget}", **dark) for budget in budgets]
     ax.set_axis_off()
     ax.legend(handles=handles, loc="center", borderpad=0)
 
 
-def _budget(setting: Setting, widths: pd.Series) -> str:
-    seeds = f"{setting.seeds} seeds, 95 % intervals" if setting.seeds > 1 else "1 seed, no intervals"
+def _budget(setting: Setting, widths: pd.Series, *seeds: int) -> str:
+    """What models were trained on; `seeds`: how many, of each of several sweeps."""
+    fewest, most = min(seeds, default=setting.seeds), max(seeds, default=setting.seeds)
+    count = f"{fewest} to {most} seeds" if fewest < most else f"{most} seed{'s' * (most > 1)}"
+    with_intervals = "95 %" if most > 1 else "no"
     tokens = f"{_count(setting.tokens)} tokens"
-    return f"{setting.corpus}, {tokens}, widths {widths.min()}–{widths.max()}, {setting.layers} layers, {seeds}"
+    spanned = f"widths {widths.min()}–{widths.max()}, {setting.layers} layers"
+    return f"{setting.corpus}, {tokens}, {spanned}, {count}, {with_intervals} intervals"
 
 
 def _count(number: float) -> str:
@@ -118,20 +124,14 @@ def _count(number: float) -> str:
 
 def _finding(table: pd.DataFrame) -> str:
     """Differences to SP at the widest width, and what the paper's rule sets differ by where they are one model."""
-    lines = ["Best loss less SP's at the widest width, in nats"]
-    ours = table[table.source == STUDY]
-    growths = ours.growth.nunique()
-    for optimizer in distinct(ours.optimizer):
+    lines = ["Best loss less SP's at the widest width, over rule sets, in nats"]
+    for optimizer in distinct(table[table.source == STUDY].optimizer):
         parts = []
-        for (source, growth), here in table[table.optimizer == optimizer].groupby(["source", "growth"], sort=False):
+        for source, here in table[table.optimizer == optimizer].groupby("source", sort=False):
             compared = here[(here.rules != "sp") & here.minus_sp.notna()]
-            widest = compared[compared.width == compared.width.max()]
-            values = ", ".join(
-                unbroken(f"{RULE_TITLES[row.rules]} {signed(row.minus_sp)}") for row in widest.itertuples()
-            )
-            by = f" ({GROWTH_TITLES[growth]})" if source == STUDY and growths > 1 else ""
-            if values:
-                parts.append(f"{source}{by} {values}")
+            widest = compared[compared.width == compared.groupby("growth").width.transform("max")]
+            if len(widest):
+                parts.append(unbroken(f"{source} {signed_range(widest.minus_sp)}"))
         lines.append(f"{OPTIMIZER_TITLES[optimizer]}: {'; '.join(parts)}")
     base = table[(table.source == PAPER) & (table.multiple == 1)].groupby("optimizer").loss
     spread = (base.max() - base.min())[lambda values: values > 0]
