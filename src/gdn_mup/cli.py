@@ -453,12 +453,14 @@ def _prepare(planned: _Planned, corpus: Path, threads: int | None, device: str) 
     from gdn_mup.corpus.tokens import TokenFile
     from gdn_mup.study.plan import Tuning
     from gdn_mup.study.provenance import processor
+    from gdn_mup.training.allocator import keep_freed_memory
     from gdn_mup.training.sweep import Trainer, members_in_cache, scaled_model
 
     study, job, experiment, training, _ = planned
     cuda = _use_cuda(device)
     if threads:
         torch.set_num_threads(threads)
+    keep_freed_memory()
     torch.set_flush_denormal(True)  # a vanishing gradient must not slow the arithmetic down
     tokens, validation = (TokenFile.open(corpus / f"{part}.tokens") for part in ("train", "validation"))
     scaled = scaled_model(study.model, job.width, job.growth, tokens.vocabulary_size, experiment.rules, job.optimizer)
