@@ -36,7 +36,6 @@ app = typer.Typer(
 
 # Kinds of jobs; a coordinate check measures in float32, sizes as small as a gate's gradient.
 TRAINED_BY_KERNELS = ("lr_sweep", "clipping", "tuning")
-OLDEST_GPU = (8, 0)  # compute capability: Ampere, the first with bfloat16 matrix products
 
 StudyFile = Annotated[Path, typer.Option("--study", help="Study file, such as config/studies/laptop.yaml.")]
 Output = Annotated[Path, typer.Option(help="Written when complete; an existing file is replaced.")]
@@ -495,12 +494,16 @@ def _prepare(planned: _Planned, corpus: Path, threads: int | None, device: str) 
 
 
 def _use_cuda(device: str) -> bool:
+    """Whether to train on a GPU; if so, this process holds one from here on, and CUDA sees no other."""
     import torch
+
+    from gdn_mup.training.gpu_slots import OLDEST_GPU, free_gpus, take_gpus
 
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"--device: {device!r}: use auto, cpu or cuda")
     if device == "cpu":
         return False
+    slots = take_gpus()
     found = torch.cuda.is_available()
     suitable = found and torch.cuda.get_device_capability() >= OLDEST_GPU
     if device == "cuda" and not found:
@@ -510,6 +513,8 @@ def _use_cuda(device: str) -> bool:
             f"--device: cuda: {torch.cuda.get_device_name()} has no bfloat16 matrix products; use an NVIDIA GPU of "
             "compute capability 8.0 or more (Ampere, 2020), or --device cpu"
         )
+    if not suitable:
+        free_gpus(slots)
     return suitable
 
 

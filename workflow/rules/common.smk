@@ -1,7 +1,6 @@
 # Everything in Python that the rules need: what a study asks for, and the settings that each job depends on.
 import glob
 import os
-import shutil
 import sys
 from functools import cache
 from typing import NoReturn, get_args
@@ -10,6 +9,7 @@ from gdn_mup.errors import UserError
 from gdn_mup.model.config import GrowthMode
 from gdn_mup.study.plan import Job, Study, load_study
 from gdn_mup.training.config import OptimizerName
+from gdn_mup.training.gpu_slots import usable_gpus
 
 # Jobs find the commands of the environment that Snakemake runs in, activated or not.
 os.environ.update(PATH=os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)]))
@@ -81,12 +81,32 @@ def get_job_settings(kind: str):
     return get_settings
 
 
+@cache
+def count_usable_gpus() -> int:
+    """GPUs of this machine that jobs may use."""
+    return len(usable_gpus())
+
+
+# On this machine as many jobs run at once as there are GPUs, unless `--resources gpu=N` says otherwise; each takes one
+# of its own (training/gpu_slots.py). A cluster, whose jobs are counted in `nodes`, shares its GPUs out itself.
+if workflow.is_main_process and workflow.nodes is None and "gpu" not in workflow.global_resources:
+    if config["device"] != "cpu" and count_usable_gpus():
+        workflow.register_resource("gpu", count_usable_gpus())
+
+
 def get_gpus(wildcards) -> int:
-    """GPUs that a training job asks for: with device `auto` one, where a driver is installed."""
-    if config["device"] not in ("auto", "cpu", "cuda"):
-        stop(UserError(f"config: device: {config['device']!r}: use auto, cpu or cuda"))
-    has_driver = shutil.which("nvidia-smi") is not None
-    return int(config["device"] == "cuda" or config["device"] == "auto" and has_driver)
+    """GPUs that a training job asks for: with device `auto` one, where this machine has any."""
+    match config["device"]:
+        case "cpu":
+            return 0
+        case "cuda":
+            return 1
+        case "auto" if workflow.nodes is None:
+            return int(count_usable_gpus() > 0)
+        case "auto":
+            stop(UserError("config: device: 'auto': jobs run on other machines than this; use cuda or cpu"))
+        case other:
+            stop(UserError(f"config: device: {other!r}: use auto, cpu or cuda"))
 
 
 def get_training_memory(wildcards) -> int:
