@@ -12,7 +12,7 @@ import yaml
 from workflow_copy import ROOT, TINY
 
 from gdn_mup.study.datasets import open_dataset, open_job
-from gdn_mup.study.plan import SECTIONS
+from gdn_mup.study.plan import SECTIONS, load_study
 
 STUDY = {
     **TINY,
@@ -221,6 +221,23 @@ def test_rules_are_shown_next_to_the_papers() -> None:
 def test_a_plan_lists_jobs(study: Path) -> None:
     text = gdn_mup("plan", "--study", study).stdout
     assert text.count("lr_sweep") == 2 and text.count("coordinat") == 2
+
+
+def test_costs_are_predicted_before_and_as_they_turn_out(made: dict[str, Path], study: Path) -> None:
+    done = gdn_mup("cost", "--study", study, "--measured", made["lr_sweep"])
+    rows = [line.split("│")[1:-1] for line in done.stdout.splitlines() if line.startswith("│")]
+    predicted = {(row[0].strip(), row[3].strip()): row[5].strip() for row in rows}
+    jobs = {kind: open_dataset(made[kind], kind) for kind in SECTIONS}
+    runs = {
+        (kind, str(width)): str(int(job.members.sel(width=width).sum()))
+        for kind, job in jobs.items()
+        for width in (16, 32)
+    }
+    assert predicted == runs | {("total", ""): str(sum(map(int, runs.values())))}
+    plan = load_study(study)
+    for kind, job in jobs.items():
+        tokens, evaluated = plan.tokens_of(plan.jobs(kind)[0])
+        assert (job.tokens == tokens).all() and (job.evaluated_tokens == evaluated).all(), kind
 
 
 def test_bad_input_is_one_line_and_exit_code_2(made: dict[str, Path], study: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from gdn_mup.model.config import ModelSettings, ModelShape, model_shape
 from gdn_mup.model.flops import forward_flops, training_flops
 from gdn_mup.model.language_model import LanguageModel
 from gdn_mup.study import datasets
-from gdn_mup.study.cost import costs, job_costs, sweep_cost
+from gdn_mup.study.cost import costs, job_costs, planned_costs, sweep_cost
 from gdn_mup.study.tables import printed_costs
 from gdn_mup.study.titles import with_unit
 from gdn_mup.training import energy
@@ -155,6 +155,35 @@ def test_rows_add_up_and_failed_runs_are_counted(evidence: dict[str, xr.Dataset]
     assert base.seconds == 3 * 12.5 and base.seconds_a_job == 12.5
 
 
+def test_a_study_that_was_run_is_predicted_to_cost_what_it_cost(evidence: dict[str, xr.Dataset]) -> None:
+    plan = study(coordinate_checks=[], multiplier_checks=[], clipping_checks=[], tunings=[])
+    _, evaluated = plan.tokens_of(plan.jobs("lr_sweep")[0])
+    measured = evidence["lr_sweep"]
+    evaluations = measured.evaluated_tokens.where(measured.members.isnull(), evaluated)
+    measured = measured.assign(evaluated_tokens=evaluations, joules=measured.seconds * 200)
+    order, columns = ["optimizer", "width"], ["jobs", "members", "tokens", "flops", "seconds", "joules"]
+    predicted = planned_costs(plan, lambda job: 1 if job.width == BASE_WIDTH else 4, measured).set_index(order)
+    cost = costs({"lr_sweep": measured}).set_index(order)
+    assert (predicted.loc[cost.index, ["jobs", "members", "tokens", "flops"]] == cost[columns[:4]]).all(axis=None)
+    by_width = [table.groupby("width")[columns[4:]].sum() for table in (predicted, cost)]  # optimizers take turns
+    np.testing.assert_allclose(by_width[0], by_width[1])
+
+
+def test_the_speed_of_models_larger_than_measured_is_that_of_the_largest(evidence: dict[str, xr.Dataset]) -> None:
+    plan = study(
+        sweeps=[
+            {"growth": "heads", "optimizer": "adamw", "rules": ["sp"], "widths": [32, 128, 512], "seeds": [0],
+             "learning_rates": {"log2_first": -2, "log2_last": -2}}
+        ]
+    )  # fmt: skip
+    table = planned_costs(plan, lambda job: 1, evidence["lr_sweep"])
+    sweeps = table[table.kind == "lr_sweep"].set_index("width")
+    rate = sweeps.flops / sweeps.seconds
+    assert rate["512"] == pytest.approx(rate["128"]) and rate["128"] > 2 * rate["32"]
+    with pytest.raises(UserError, match="no job that says how long it took"):
+        planned_costs(plan, lambda job: 1, evidence["lr_sweep"].assign(seconds=evidence["lr_sweep"].seconds * np.nan))
+
+
 def test_energy_that_some_jobs_report_says_how_many(evidence: dict[str, xr.Dataset]) -> None:
     table = costs(evidence)
     printed = printed_costs(table)
@@ -209,6 +238,8 @@ def test_nothing_costs_nothing() -> None:
         (4.512e12, "", "4.51 T"),
         (999.6, "J", "1 kJ"),
         (3210, "s", "3,210 s"),
+        (9000, "s", "2.5 h"),
+        (1.5e21, "", "1.5 Z"),
         (np.nan, "J", "not reported"),
     ],
 )

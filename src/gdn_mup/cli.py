@@ -81,23 +81,60 @@ def plan(study: StudyFile) -> None:
     """List the jobs that a study asks for, with the members that each trains side by side."""
     from rich.table import Table
 
-    from gdn_mup.study.plan import SECTIONS, ClippingCheck, Sweep, Tuning, load_study, settings_hash
+    from gdn_mup.study.plan import SECTIONS, Measurement, load_study, settings_hash
 
     loaded = load_study(study)
     table = Table("kind", "growth", "optimizer", "width", "seed", "members", "steps", "settings", title=str(study))
     for kind in SECTIONS:
         for job in loaded.jobs(kind):
             experiment = loaded.experiment_of(job)
-            if isinstance(experiment, Sweep | Tuning):
-                members = len(experiment.rules) * len(experiment.learning_rates.values)
-                members *= len(experiment.clippings) if isinstance(experiment, ClippingCheck) else 1
-                members *= experiment.trials if isinstance(experiment, Tuning) else 1
-                steps = loaded.training_of(experiment).steps
-            else:
-                members, steps = len(experiment.rules), max(experiment.steps)
+            members = len(experiment.rules) * loaded.models_of(job)
+            steps = (
+                max(experiment.steps) if isinstance(experiment, Measurement) else loaded.training_of(experiment).steps
+            )
             cells = (*job, members, steps, settings_hash(loaded.settings_of(job)))
             table.add_row(*map(str, cells))
     _console().print(table)
+
+
+@app.command()
+def cost(
+    study: StudyFile,
+    measured: Annotated[
+        Path, typer.Option(help="A dataset of learning-rate sweeps that were run: how fast the device is.")
+    ] = Path("results/reference/h200/lr_sweep.nc"),
+) -> None:
+    """Predict what a study costs: its FLOPs, counted, and hours and energy at the speed of sweeps that were run."""
+    from rich.table import Table
+
+    from gdn_mup.study.cost import planned_costs
+    from gdn_mup.study.datasets import open_dataset
+    from gdn_mup.study.plan import load_study
+    from gdn_mup.study.tables import printed_costs
+
+    loaded = load_study(study)
+    dataset = open_dataset(measured, "lr_sweep")
+    table = planned_costs(loaded, lambda job: _rules_trained(loaded, job), dataset)
+    printed = printed_costs(table).drop(columns=["diverged", "device"])
+    speed = f"{table.device.iloc[0]} at widths {dataset.width.values.min()} to {dataset.width.values.max()}"
+    shown = Table(*printed.columns, title=f"{study}, at the speed of {speed}")
+    for row in printed.itertuples(index=False):
+        shown.add_row(*map(str, row))
+    _console().print(shown)
+
+
+def _rules_trained(study: "Study", job: "Job") -> int:
+    """How many rule sets of a job are trained; those that coincide are trained once."""
+    from gdn_mup.training.sweep import distinct_members, scaled_model
+
+    experiment = study.experiment_of(job)
+    if job.kind not in TRAINED_BY_KERNELS:
+        return len(experiment.rules)
+    scaled = scaled_model(
+        study.model, job.width, job.growth, study.corpus.vocabulary_size, experiment.rules, job.optimizer
+    )
+    members, _ = distinct_members(scaled, [0.0], study.training_of(experiment).clipping)
+    return len(members)
 
 
 @app.command()
@@ -234,8 +271,7 @@ def coordinates(
         meter.read(),
         members=len(members),
         diverged_members=int((~np.isfinite(ended)).sum()),
-        tokens=max(check.steps) * training.batch_size * training.context_length,
-        evaluated_tokens=(len(check.steps) + 1) * probe.size,
+        tokens=planned.study.tokens_of(planned.job),
     )
     _write_job(sizes.assign(costs), planned, ready, output)
 
@@ -285,14 +321,11 @@ def multiplier(
     changes.attrs["learning_rate"] = check.learning_rate
     last = changes.isel(step=-1)
     ended = np.stack([last.loss, last.loss + last.trained_loss_change])  # of the models without and with multiplier
-    measured = len(check.steps) * probe[:, 1:].size
     costs = _costs(
         meter.read(),
         members=ended.size,
         diverged_members=int((~np.isfinite(ended)).sum()),
-        # For each pair of models and step measured: two gradients, and two forward passes.
-        tokens=max(check.steps) * training.batch_size * training.context_length + measured,
-        evaluated_tokens=measured,
+        tokens=planned.study.tokens_of(planned.job),
     )
     _write_job(changes.assign(costs), planned, ready, output)
 
@@ -599,8 +632,7 @@ def _sweep_dataset(
                 curves.spent,
                 members=len(members),
                 diverged_members=int(curves.diverged.sum()),
-                tokens=training.steps * training.batch_size * training.context_length,
-                evaluated_tokens=curves.evaluated_tokens,
+                tokens=(training.steps * training.batch_size * training.context_length, curves.evaluated_tokens),
             ),
         },
         coords={
@@ -612,12 +644,10 @@ def _sweep_dataset(
     )
 
 
-def _costs(
-    spent: "Spent", *, members: int, diverged_members: int, tokens: int, evaluated_tokens: int
-) -> dict[str, float]:
-    """The variables of a job file that say what it cost; tokens are those of each member."""
+def _costs(spent: "Spent", *, members: int, diverged_members: int, tokens: tuple[int, int]) -> dict[str, float]:
+    """The variables of a job file that say what it cost; tokens are those of each member, as `Study.tokens_of`."""
     counted = {"members": members, "diverged_members": diverged_members}
-    return {**spent._asdict(), **counted, "tokens": tokens, "evaluated_tokens": evaluated_tokens}
+    return {**spent._asdict(), **counted, "tokens": tokens[0], "evaluated_tokens": tokens[1]}
 
 
 def _write_job(dataset: "xr.Dataset", planned: _Planned, ready: _Ready, output: Path) -> None:

@@ -1,19 +1,26 @@
-"""What a study cost: tokens, model FLOPs, seconds and joules of every kind of job, runs that failed included.
+"""What a study cost, and what one will cost: tokens, model FLOPs, seconds and joules, runs that failed included.
 
 FLOPs are counted from the model's shape (`model/flops.py`); seconds and joules are those that jobs measured
-(`training/energy.py`). Jobs that ran at the same time on one processor each counted all of its energy.
+(`training/energy.py`). Jobs that ran at the same time on one processor each counted all of its energy. What has not
+run yet is predicted to go at the FLOP/s of learning-rate sweeps that have, of models of about its size.
 """
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import xarray as xr
+from numpy.typing import NDArray
 
 from gdn_mup.errors import UserError
 from gdn_mup.model.config import ModelSettings, model_shape
 from gdn_mup.model.flops import forward_flops, training_flops
+from gdn_mup.study.plan import SECTIONS, Job, Study
+
+Array = NDArray[np.float64]
 
 COSTS = ("tokens", "flops", "seconds", "joules")
 _JOB = ["growth", "optimizer", "width", "seed"]
@@ -56,6 +63,52 @@ def costs(datasets: Mapping[str, xr.Dataset]) -> pd.DataFrame:
             rows.append({"kind": kind, "growth": growth, "optimizer": optimizer, "width": str(width), **_sum(part)})
     total = {"kind": "total", "growth": "", "optimizer": "", "width": "", **_sum(pd.concat(everything))}
     return pd.DataFrame([*rows, total])
+
+
+def planned_costs(study: Study, rules_trained: Callable[[Job], int], measured: xr.Dataset) -> pd.DataFrame:
+    """What a study will cost: a row per kind, growth, optimizer and width, and one, of kind `total`, for all of them.
+
+    `rules_trained`: how many of a job's rule sets are trained, since those that coincide are trained once. `measured`:
+    learning-rate sweeps that were run, collected; between their models' FLOPs per token, FLOP/s is interpolated on
+    logarithmic axes, and beyond them it is the nearest's. Columns as of `costs`, of which `seconds` and `joules` are
+    predicted.
+    """
+    sizes, flop_rate, power = _measured_rates(measured)
+    rows = []
+    for kind in SECTIONS:
+        for job in study.jobs(kind):
+            shape = model_shape(study.model, job.width, job.growth, study.corpus.vocabulary_size)
+            tokens, evaluated = study.tokens_of(job)
+            members = rules_trained(job) * study.models_of(job)
+            flops = members * (tokens * training_flops(shape) + evaluated * forward_flops(shape))
+            size = math.log(forward_flops(shape))
+            seconds = flops / math.exp(np.interp(size, sizes, np.log(flop_rate)))
+            costs = {"members": members, "diverged": 0, "tokens": members * tokens, "flops": flops, "seconds": seconds}
+            rows.append({**job._asdict(), **costs, "joules": seconds * float(np.interp(size, sizes, power))})
+    if not rows:
+        raise UserError("a study without experiments costs nothing; add one to the study file")
+    jobs = pd.DataFrame(rows).assign(device=_devices(measured))
+    places = ["kind", *_JOB[:3]]
+    by_place = [
+        {**dict(zip(places, map(str, place), strict=True)), **_sum(part)}
+        for place, part in jobs.groupby(places, sort=False)
+    ]
+    return pd.DataFrame([*by_place, {**dict.fromkeys(places, ""), "kind": "total", **_sum(jobs)}])
+
+
+def _measured_rates(measured: xr.Dataset) -> tuple[Array, Array, Array]:
+    """Sizes of the models that were run (log FLOPs of a token's forward pass), their FLOP/s, and watts or NaN."""
+    jobs = job_costs(measured)
+    if not (jobs.seconds > 0).any():
+        raise UserError("the measured dataset has no job that says how long it took; give one of finished sweeps")
+    settings = json.loads(measured.attrs["settings"])
+    model, vocabulary = ModelSettings.model_validate(settings["model"]), int(measured.attrs["vocabulary_size"])
+    sizes = [
+        math.log(forward_flops(model_shape(model, int(job.width), job.growth, vocabulary))) for job in jobs.itertuples()
+    ]
+    by_size = jobs.assign(size=sizes)[["size", "flops", "seconds", "joules"]].groupby("size").sum(min_count=1)
+    seconds = by_size.seconds.to_numpy(np.float64)
+    return by_size.index.to_numpy(np.float64), by_size.flops.to_numpy() / seconds, by_size.joules.to_numpy() / seconds
 
 
 class Cost(NamedTuple):

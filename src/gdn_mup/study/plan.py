@@ -298,6 +298,32 @@ class Study(Settings):
         ]
         return sorted(jobs, key=lambda job: (-job.width, job))
 
+    def models_of(self, job: Job) -> int:
+        """Models that a job trains for each of its rule sets: learning rates, trials, and ways to clip or to start."""
+        experiment = self.experiment_of(job)
+        if isinstance(experiment, MultiplierCheck):  # with and without the multiplier
+            return 2 * len(experiment.inits) * len(experiment.kernel_scales) * len(experiment.epsilons)
+        if isinstance(experiment, CoordinateCheck):
+            return 1
+        models = len(experiment.learning_rates.values)
+        if isinstance(experiment, ClippingCheck):
+            models *= len(experiment.clippings)
+        return models * experiment.trials if isinstance(experiment, Tuning) else models
+
+    def tokens_of(self, job: Job) -> tuple[int, int]:
+        """Tokens that each model of a job goes through forward and backward, and those that it is evaluated on."""
+        experiment = self.experiment_of(job)
+        training = self.training_of(experiment)
+        batch = training.batch_size * training.context_length
+        if isinstance(experiment, MultiplierCheck):  # two gradients for each pair of models, and two forward passes
+            measured = len(experiment.steps) * experiment.probe_sequences * training.context_length
+            return max(experiment.steps) * batch + measured, measured
+        if isinstance(experiment, CoordinateCheck):
+            measured = (len(experiment.steps) + 1) * experiment.probe_sequences * training.context_length
+            return max(experiment.steps) * batch, measured
+        evaluations = len({*range(0, training.steps, training.evaluate_every), training.steps})
+        return training.steps * batch, evaluations * training.evaluation_batches * batch
+
     def settings_of(self, job: Job) -> dict[str, Any]:
         """Exactly the settings that the job's result depends on: what its hash and its reruns hang on."""
         experiment = self.experiment_of(job)

@@ -23,11 +23,13 @@ def named(found: Iterable[tuple[str, str]]) -> str:
 
 
 def with_unit(value: float, unit: str = "") -> str:
-    """Three digits and an SI prefix: `4.51 T`, `12.3 kJ`; seconds as they are; words for NaN."""
+    """Three digits and an SI prefix: `4.51 T`, `12.3 kJ`; seconds as they are, or hours; words for NaN."""
     if math.isnan(value):
         return NOT_REPORTED
+    if unit == "s" and value >= 7200:
+        return f"{value / 3600:,.0f} h" if value >= 360_000 else f"{value / 3600:.3g} h"
     if unit == "s":
         return f"{value:,.0f} s" if value >= 100 else f"{value:.3g} s"
     value = float(f"{value:.3g}")  # 999.9 is 1 k
-    power = min(max(math.floor(math.log10(value) / 3), 0), 6) if value > 0 else 0
-    return f"{value / 1000**power:.3g} {' kMGTPE'[power].strip()}{unit}".rstrip()
+    power = min(max(math.floor(math.log10(value) / 3), 0), 7) if value > 0 else 0
+    return f"{value / 1000**power:.3g} {' kMGTPEZ'[power].strip()}{unit}".rstrip()
