@@ -33,7 +33,7 @@ reproduce: environment
 environment: $(INSTALLED)
 
 # The interpreter: PYTHON if given, else python3, else the newest one that Snakemake 9 and the lock allow.
-$(INSTALLED): requirements.lock pyproject.toml
+$(INSTALLED): requirements.lock requirements-peers.txt pyproject.toml
 	@PATH="$${PATH#$(CURDIR)/.venv/bin:}"; \
 	suitable='import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))'; \
 	for candidate in $(or $(PYTHON),.venv/bin/python python3 python3.14 python3.13 python3.12 python3.11); do \
@@ -48,6 +48,7 @@ $(INSTALLED): requirements.lock pyproject.toml
 	echo "Installing the packages of requirements.lock into .venv ($$("$$python" --version)): minutes the first time"; \
 	if [ "$$python" != .venv/bin/python ]; then "$$python" -m venv --clear .venv; fi
 	@python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-peers.txt
 	@python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 

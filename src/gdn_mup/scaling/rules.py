@@ -1,7 +1,7 @@
 """The four rule sets, as tables.
 
 Each row says by which power of its growth a parameter's initial standard deviation, learning rate and
-AdamW ε are multiplied between the base and the target width. All multipliers are 1 at the base width,
+the optimizer's ε are multiplied between the base and the target width. All multipliers are 1 at the base width,
 so that there every rule set is the same model, trained in the same way.
 
 `sp`       standard parametrization: init ∝ 1/√fan-in, one learning rate for everything
@@ -36,19 +36,12 @@ PER_SQRT_FAN_IN = Power(fan_in=-0.5)
 PER_FAN_OUT = Power(fan_out=-1)
 FAN_OUT = Power(fan_out=1)
 FAN_OUT_PER_FAN_IN = Power(fan_in=-1, fan_out=1)
+SQRT_FAN_OUT_PER_FAN_IN = Power(fan_in=-0.5, fan_out=0.5)
+SQRT_FAN_IN_PER_FAN_OUT = Power(fan_in=0.5, fan_out=-0.5)
 PER_WIDTH = Power(width=-1)
 PER_SQRT_WIDTH = Power(width=-0.5)
 SQRT_WIDTH = Power(width=0.5)
 WIDTH = Power(width=1)
-
-
-class Row(NamedTuple):
-    """How one kind of parameter scales."""
-
-    init_std: Power
-    adamw_learning_rate: Power
-    sgd_learning_rate: Power
-    adamw_epsilon: Power = ONE
 
 
 class Scaling(NamedTuple):
@@ -58,6 +51,31 @@ class Scaling(NamedTuple):
     learning_rate: float
     epsilon: float
     weight_decay: float
+
+
+class Row(NamedTuple):
+    """How one kind of parameter scales.
+
+    Muon's update is orthogonal: its spectral norm, the learning rate, must be ∝ √(fan-out/fan-in) (arXiv 2310.17813).
+    Its ε is added to the Frobenius norm of the gradient. A row without it is for parameters that AdamW trains.
+    """
+
+    init_std: Power
+    adamw_learning_rate: Power
+    sgd_learning_rate: Power
+    adamw_epsilon: Power = ONE
+    muon_learning_rate: Power | None = None
+    muon_epsilon: Power | None = None
+
+    def scaling(self, growth: Growth, optimizer: str, keeps_decay: bool) -> Scaling:
+        """The multipliers at a growth for `adamw`, `sgd` or `muon` (AdamW's where Muon has no rule)."""
+        learning_rate, epsilon = {
+            "adamw": (self.adamw_learning_rate, self.adamw_epsilon),
+            "sgd": (self.sgd_learning_rate, ONE),
+            "muon": (self.muon_learning_rate or self.adamw_learning_rate, self.muon_epsilon or self.adamw_epsilon),
+        }[optimizer]
+        rate = learning_rate(growth)
+        return Scaling(self.init_std(growth), rate, epsilon(growth), 1 / rate if keeps_decay else 1.0)
 
 
 @dataclass(frozen=True)
@@ -76,22 +94,14 @@ class RuleSet:
     tied_output: Power
     keeps_decay: bool
 
-    def row(self, part: Part, growth: Growth) -> Row:
+    def row(self, part: Part | None, growth: Growth) -> Row:
         """The row that a parameter falls under."""
         key = growth.axes if growth.axes in self.rows else part
         return self.rows[key]  # type: ignore[index]
 
-    def scaling(self, part: Part, growth: Growth, optimizer: str) -> Scaling:
-        """The multipliers of a parameter for `adamw` or `sgd`."""
-        row = self.row(part, growth)
-        power = row.adamw_learning_rate if optimizer == "adamw" else row.sgd_learning_rate
-        learning_rate = power(growth)
-        return Scaling(
-            init_std=row.init_std(growth),
-            learning_rate=learning_rate,
-            epsilon=row.adamw_epsilon(growth) if optimizer == "adamw" else 1.0,
-            weight_decay=1 / learning_rate if self.keeps_decay else 1.0,
-        )
+    def scaling(self, part: Part | None, growth: Growth, optimizer: str) -> Scaling:
+        """The multipliers of a parameter for `adamw`, `sgd` or, in the table by axes, `muon`."""
+        return self.row(part, growth).scaling(growth, optimizer, self.keeps_decay)
 
 
 SP = RuleSet(
@@ -144,8 +154,9 @@ GDN_MUP = RuleSet(
     title="gdn-mup",
     source="from shapes (this project)",
     rows={
-        # axes that grow     init std         AdamW LR    SGD LR              AdamW ε
-        Axes.BOTH:    Row(PER_SQRT_FAN_IN, PER_FAN_IN, FAN_OUT_PER_FAN_IN, PER_FAN_OUT),
+        # axes that grow     init std         AdamW LR    SGD LR              AdamW ε      Muon LR, Muon ε
+        Axes.BOTH:    Row(PER_SQRT_FAN_IN, PER_FAN_IN, FAN_OUT_PER_FAN_IN, PER_FAN_OUT,
+                          SQRT_FAN_OUT_PER_FAN_IN, SQRT_FAN_IN_PER_FAN_OUT),
         Axes.FAN_OUT: Row(ONE,             ONE,        FAN_OUT,            PER_FAN_OUT),
         Axes.FAN_IN:  Row(PER_FAN_IN,      PER_FAN_IN, PER_FAN_IN,         ONE),
         Axes.NONE:    Row(ONE,             ONE,        ONE,                ONE),
