@@ -229,10 +229,10 @@ def with_exponents(coordinates: xr.Dataset, more: dict[str, float]) -> xr.Datase
 
 def test_coordinate_title_names_what_grows_and_falls(coordinates: xr.Dataset) -> None:
     title = title_of(figures.coordinate_check(coordinates))
-    assert ": SP (AdamW). None grows: μP (transformer), Liu & Gu, gdn-mup (AdamW)." in title
+    assert ": SP (AdamW). No growth is established: μP (transformer), Liu & Gu, gdn-mup (AdamW)." in title
     assert "fall" not in title
     title = title_of(figures.coordinate_check(with_exponents(coordinates, {"sp": -0.5, "liu_gu": -1.0})))
-    assert title.startswith("No change grows with width") and "Liu & Gu, AdamW" in title.split("Steepest fall")[1]
+    assert title.startswith("No growth of a change with width") and "Liu & Gu, AdamW" in title.split("Steepest fall")[1]
 
 
 def test_smaller_state_is_expected_of_larger_heads(coordinates: xr.Dataset) -> None:
@@ -240,7 +240,7 @@ def test_smaller_state_is_expected_of_larger_heads(coordinates: xr.Dataset) -> N
     halved = with_exponents(coordinates, {name: -0.5 for name in EXPONENTS})
     heads = title_of(figures.coordinate_check(halved, ["state"]))
     larger = title_of(figures.coordinate_check(halved.assign_coords(growth=["head_dim"]), ["state"]))
-    assert "Steepest fall" in heads and "No change grows" in heads
+    assert "Steepest fall" in heads and "No growth of a change" in heads
     assert "Steepest fall" not in larger and "grow with width" in larger and ": SP (AdamW)" in larger
 
 

@@ -28,6 +28,7 @@ from gdn_mup.study.figures.style import (
 )
 from gdn_mup.study.optimum import signed
 from gdn_mup.study.titles import GROWTH_TITLES, OPTIMIZER_TITLES, RULE_TITLES, named
+from gdn_mup.study.width_fit import width_exponent
 
 # What the coordinate check draws, along the path of a token; the table that goes with it has every quantity.
 COORDINATES = ("alpha_preactivation", "state", "mixer_output", "residual", "logits")
@@ -50,8 +51,8 @@ def coordinate_table(dataset: xr.Dataset) -> pd.DataFrame:
     """Sizes and width exponents of every activation: one row per measure, quantity, layer, step and width.
 
     `size` is the geometric mean over seeds, `low` and `high` the least and the most; `relative` is `size` over
-    that at the base width; `exponent` is the slope of log size on log width over all widths and seeds (NaN with
-    one width).
+    that at the base width; `exponent`, with its 95 % interval, is that of `width_fit.width_exponent` (NaN with one
+    width).
     """
     base_width = int(dataset.attrs["base_width"])
     keys = ["growth", "optimizer", "rules", "measure", "quantity", "layer", "step"]
@@ -62,24 +63,21 @@ def coordinate_table(dataset: xr.Dataset) -> pd.DataFrame:
     long = pd.concat(sizes, ignore_index=True)
     if long.empty:
         raise UserError("the dataset has no coordinate check; add one under `coordinate_checks` and run it")
-    long["log_size"], long["log_width"] = np.log(long["size"]), np.log(long.width)
-    # The least-squares slope of every group at once: covariance over variance.
-    groups = long.groupby(keys, sort=False)
-    centred = long.log_width - groups.log_width.transform("mean")
-    moments = (
-        long.assign(product=centred * long.log_size, square=centred**2)
-        .groupby(keys, sort=False)[["product", "square"]]
-        .sum()
-    )
-    exponent = (moments["product"] / moments["square"].where(moments["square"] > 0)).rename("exponent")
+    long["log_size"] = np.log(long["size"])
+    by_seed = long.set_index([*keys, "seed", "width"])["size"].unstack(["seed", "width"])
+    seeds, widths = sorted(long.seed.unique()), sorted(long.width.unique())
+    by_seed = by_seed.reindex(columns=pd.MultiIndex.from_product([seeds, widths]))
+    fitted = width_exponent(widths, by_seed.to_numpy().reshape(-1, len(seeds), len(widths)))
+    names = ("exponent", "exponent_low", "exponent_high")
+    exponents = pd.DataFrame(dict(zip(names, fitted, strict=True)), index=by_seed.index)
     sizes_of = long.groupby([*keys, "width"], sort=False)["size"]
     table = pd.DataFrame({"low": sizes_of.min(), "high": sizes_of.max()})
     table["log_size"] = long.groupby([*keys, "width"], sort=False).log_size.mean()
     table = table.reset_index()
     base = table[table.width == base_width].set_index(keys).log_size.rename("base")
-    table = table.join(base, on=keys).join(exponent, on=keys)
+    table = table.join(base, on=keys).join(exponents, on=keys)
     table["size"], table["relative"] = np.exp(table.log_size), np.exp(table.log_size - table.base)
-    return table[[*keys, "width", "size", "low", "high", "relative", "exponent"]]
+    return table[[*keys, "width", "size", "low", "high", "relative", *names]]
 
 
 @styled
@@ -228,22 +226,24 @@ def _leaving(ax: Axes, x: np.ndarray, y: np.ndarray, beyond: int, edge: float, c
 
 
 def _growth_finding(shown: pd.DataFrame) -> str:
-    """Under which rule sets a change grows with width, by more than expected, and the steepest growth and fall."""
+    """Under which rule sets a change surely grows with width, more than expected, and the steepest growth and fall."""
     fitted = shown.dropna(subset="exponent").drop_duplicates(["growth", "optimizer", "rules", "quantity"])
     if fitted.empty:
         return "One width only: no dependence on width to see"
     expected = [EXPECTED_EXPONENTS.get(key, 0.0) for key in zip(fitted.growth, fitted.quantity, strict=True)]
-    fitted = fitted.assign(excess=fitted.exponent - expected)
-    most = fitted.groupby(["optimizer", "rules"], sort=False).excess.max()
+    # Where two widths and one seed leave no interval, the exponent alone has to do.
+    surely = fitted.exponent_low.fillna(fitted.exponent) - expected
+    fitted = fitted.assign(excess=fitted.exponent - expected, surely=surely)
+    most = fitted.groupby(["optimizer", "rules"], sort=False).surely.max()
     growing = named(pair for pair, excess in most.items() if excess > FLAT)
     others = named(pair for pair, excess in most.items() if excess <= FLAT)
     lines = []
     if growing:
-        steepest = f"width$^{{{fitted.exponent[fitted.excess.idxmax()]:+.2f}}}$"
-        lines.append(f"Changes grow with width (exponent above {FLAT}), up to {steepest}: {growing}.")
-        lines += [f"None grows: {others}."] if others else []
+        steepest = fitted.exponent[fitted.excess.where(fitted.surely > FLAT).idxmax()]
+        lines.append(f"Changes grow with width (exponent above {FLAT}), up to width$^{{{steepest:+.2f}}}$: {growing}.")
+        lines += [f"No growth is established: {others}."] if others else []
     else:
-        lines.append(f"No change grows with width (exponent above {FLAT}): {others}.")
+        lines.append(f"No growth of a change with width (exponent above {FLAT}) is established: {others}.")
     if fitted.excess.min() < -FLAT:
         least = fitted.loc[fitted.excess.idxmin()]
         place = [COORDINATE_TITLES.get(least.quantity, least.quantity), RULE_TITLES[least.rules]]
