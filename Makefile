@@ -17,7 +17,7 @@ help:
 	@echo "make lint                   ruff, mypy, snakefmt, snakemake --lint; notebooks without outputs"
 	@echo "make format                 let ruff, snakefmt and nbstripout repair what 'make lint' would complain about"
 	@echo "make environment            .venv with exactly the packages of requirements.lock"
-	@echo "make reference              write config/README.md's reference of every key, and the JSON schema, again"
+	@echo "make reference              write the references of keys and datasets, and the JSON schema, again"
 	@echo "make publish STUDY=h200     collect the kept jobs in results/reference/h200/jobs into the datasets beside them"
 	@echo "make lock                   resolve pyproject.toml into requirements.lock again (UPGRADE=1: newest versions)"
 	@echo "make clean-study STUDY=x    delete results/x"

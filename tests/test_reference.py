@@ -1,16 +1,17 @@
-"""The reference of the configuration is what the settings classes say."""
+"""The references of settings and datasets are what the code says."""
 
 import json
+from pathlib import Path
 
+import pytest
 from workflow_copy import ROOT
 
-from gdn_mup.study.reference import BEGIN, END, json_schema, markdown_reference
+from gdn_mup.study.reference import PAGES, generated, json_schema
 
 
-def test_config_readme_is_up_to_date() -> None:
-    readme = (ROOT / "config/README.md").read_text(encoding="utf-8")
-    generated = readme.split(BEGIN)[1].split(END)[0]
-    assert generated.strip() == markdown_reference().strip(), "run `make reference`"
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_generated_pages_are_up_to_date(page: Path) -> None:
+    assert generated(ROOT / page) == PAGES[page]().strip(), "run `make reference`"
 
 
 def test_schema_is_up_to_date() -> None:

@@ -1,4 +1,4 @@
-"""The reference of every key of a study file, generated from the models that read it."""
+"""References of a study file's keys and of the datasets' variables, generated from the code that uses them."""
 
 import json
 from pathlib import Path
@@ -6,9 +6,10 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
+from gdn_mup.study.datasets import DESCRIPTIONS, JOB_COORDINATES, JOB_VARIABLES
 from gdn_mup.study.plan import Study
 
-BEGIN = "<!-- generated from the settings classes by `make reference` -->\n"
+BEGIN = "<!-- generated from the code by `make reference` -->\n"
 END = "<!-- end of the generated part -->"
 
 SECTIONS = (
@@ -44,6 +45,22 @@ def markdown_reference() -> str:
         parts.append(f"### `{name}`\n\n{meaning}\n\n| key | default | allowed | meaning |\n|---|---|---|---|")
         parts[-1] += "".join(f"\n{row}" for row in _rows(model, ""))
     return "\n\n".join(parts) + "\n"
+
+
+def datasets_reference() -> str:
+    """For each kind of dataset a table of its variables, and one table of the coordinates, with units and meanings."""
+    parts = []
+    coordinates: dict[str, None] = dict.fromkeys(JOB_COORDINATES)
+    for kind, variables in JOB_VARIABLES.items():
+        rows = [f"### `{kind}.nc`\n\n| variable | of each job, by | unit | meaning |\n|---|---|---|---|"]
+        for name, dimensions in variables.items():
+            coordinates |= dict.fromkeys(dimensions)
+            meaning, unit = DESCRIPTIONS[name]
+            rows.append(f"| `{name}` | {', '.join(dimensions)} | {unit} | {meaning} |")
+        parts.append("\n".join(rows))
+    rows = ["### Coordinates\n\n| coordinate | unit | meaning |\n|---|---|---|"]
+    rows += [f"| `{name}` | {DESCRIPTIONS[name][1]} | {DESCRIPTIONS[name][0]} |" for name in coordinates]
+    return "\n\n".join(["\n".join(rows), *parts]) + "\n"
 
 
 def _rows(model: type[BaseModel], prefix: str) -> list[str]:
@@ -85,14 +102,21 @@ def _allowed(schema: dict[str, Any]) -> str:
     return " ".join([kinds.get(schema.get("type", ""), ""), ", ".join(words)]).strip()
 
 
+def generated(path: Path) -> str:
+    """The generated part of a page."""
+    return path.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0].strip()
+
+
 def main() -> None:
-    """Rewrite the generated part of config/README.md, and the schema: what `make reference` runs."""
-    readme = Path("config/README.md")
-    before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
-    after = rest.split(END)[1]
-    readme.write_text(f"{before}{BEGIN}\n{markdown_reference()}\n{END}{after}", encoding="utf-8")
+    """Rewrite the generated parts of both pages, and the schema: what `make reference` runs."""
+    for path, reference in PAGES.items():
+        before, rest = path.read_text(encoding="utf-8").split(BEGIN)
+        after = rest.split(END)[1]
+        path.write_text(f"{before}{BEGIN}\n{reference()}\n{END}{after}", encoding="utf-8")
     Path("config/study.schema.json").write_text(json_schema(), encoding="utf-8")
 
+
+PAGES = {Path("config/README.md"): markdown_reference, Path("results/reference/README.md"): datasets_reference}
 
 if __name__ == "__main__":
     main()
