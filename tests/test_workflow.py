@@ -187,7 +187,7 @@ def test_published_datasets_are_redrawn_without_a_job(workflow: WorkflowCopy, st
     assert not {"corpus", "fetch_packages", "lr_sweep", "coordinate_check"} & set(counts)
     assert counts["published_dataset"] == len(list((ROOT / "results/reference" / study).glob("*.nc")))
     drawn = {path.stem for path in (results / "figures").glob("*.png")}
-    assert {"lr_transfer_adamw", "lr_transfer_sgd", "optimum_vs_width", "loss_vs_width", "growth_modes"} <= drawn
+    assert {"lr_transfer_adamw", "lr_transfer_sgd", "optimum_vs_width", "loss_vs_width", "norm_epsilon"} <= drawn
     assert {path.stem for path in (results / "tables").glob("*.csv")} == TABLES
     assert (results / "report.html").stat().st_size
 
