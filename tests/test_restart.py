@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import xarray as xr
 import yaml
-from workflow_copy import ROOT, TINY, WorkflowCopy
+from workflow_copy import LONG_ENOUGH_TO_KILL, ROOT, WorkflowCopy
 
 from gdn_mup.errors import EXIT_INTERRUPTED
 from gdn_mup.study.datasets import open_dataset, open_job
@@ -19,21 +19,6 @@ from gdn_mup.study.datasets import open_dataset, open_job
 KILLS = 10
 WORKFLOW_KILLS = 3
 SECONDS_TO_END = 10.0
-
-STUDY = {
-    **TINY,
-    "training": {"steps": 600, "warmup_steps": 10, "batch_size": 2, "context_length": 16, "evaluation_batches": 1},
-    "sweeps": [
-        {
-            "growth": "heads",
-            "optimizer": "adamw",
-            "rules": ["sp", "gdn_mup"],
-            "widths": [16, 32],
-            "seeds": [0],
-            "learning_rates": {"log2_first": -8, "log2_last": -5},
-        }
-    ],
-}
 
 
 class Job:
@@ -43,7 +28,7 @@ class Job:
         folder.mkdir(parents=True, exist_ok=True)
         self.study, self.corpus, self.output = folder / "study.yaml", corpus, folder / "job.nc"
         self.checkpoint = folder / ".job.nc.checkpoint"
-        self.study.write_text(yaml.safe_dump(STUDY))
+        self.study.write_text(yaml.safe_dump(LONG_ENOUGH_TO_KILL))
 
     def start(self, checkpoint_seconds: float = 0.0) -> subprocess.Popen[str]:
         options = ["--growth", "heads", "--optimizer", "adamw", "--width", "32", "--seed", "0", "--threads", "1"]
@@ -77,7 +62,7 @@ class Job:
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("restart")
-    (folder / "study.yaml").write_text(yaml.safe_dump(STUDY))
+    (folder / "study.yaml").write_text(yaml.safe_dump(LONG_ENOUGH_TO_KILL))
     command = [sys.executable, "-m", "gdn_mup", "corpus", "--study", folder / "study.yaml", "--output", folder / "c"]
     subprocess.run([*map(str, command)], cwd=ROOT, check=True, timeout=120)
     return folder / "c"
@@ -128,17 +113,12 @@ def test_a_workflow_killed_at_three_moments_ends_with_the_same_dataset(tmp_path:
     datasets = []
     for name in ("undisturbed", "killed"):
         copy = WorkflowCopy(tmp_path / name)
-        (copy.folder / "config/studies/restart.yaml").write_text(yaml.safe_dump(STUDY))
+        (copy.folder / "config/studies/restart.yaml").write_text(yaml.safe_dump(LONG_ENOUGH_TO_KILL))
         moments = random.Random(1)
         for _ in range(WORKFLOW_KILLS if name == "killed" else 0):
             # A session of its own, so that its jobs are killed with it, as they are when a machine goes down.
-            run = subprocess.Popen(
-                [sys.executable, "-m", "snakemake", *arguments],
-                cwd=copy.folder,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-            )
+            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            run = copy.start(*arguments, **quiet, start_new_session=True)
             time.sleep(moments.uniform(2, 12))
             os.killpg(run.pid, signal.SIGKILL)
             run.wait()

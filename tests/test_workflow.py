@@ -92,6 +92,11 @@ def test_growth_modes_are_compared_where_both_were_swept(workflow: WorkflowCopy)
 @pytest.mark.parametrize(
     ("target", "says"),
     [
+        (["--config", "study=smoke", "device=gpu"], "config: device: 'gpu': use auto, cpu or cuda"),
+        (
+            ["--profile", "workflow/profiles/slurm", "--config", "study=smoke", "device=auto"],
+            "config: device: 'auto': jobs run on other machines than this one; use cuda or cpu",
+        ),
         (["--config", "study=nowhere"], "config/studies/nowhere.yaml: no such study file; there are: "),
         (["--config", "study=smoke", "runs=reference"], "config: runs: no datasets of study smoke are published in "),
         (["--config", "runs=theirs"], "config: runs: 'theirs': use own or reference"),

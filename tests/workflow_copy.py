@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 
@@ -20,6 +21,22 @@ TINY = {
         "validation_fraction": 0.3,
     },
     "model": {"base_width": 16, "layers": 1, "heads": 2, "head_dim": 8, "value_head_dim": 8, "mlp_ratio": 2},
+}
+
+# A study whose jobs train for seconds, so that they can be caught at it.
+LONG_ENOUGH_TO_KILL = {
+    **TINY,
+    "training": {"steps": 600, "warmup_steps": 10, "batch_size": 2, "context_length": 16, "evaluation_batches": 1},
+    "sweeps": [
+        {
+            "growth": "heads",
+            "optimizer": "adamw",
+            "rules": ["sp", "gdn_mup"],
+            "widths": [16, 32],
+            "seeds": [0],
+            "learning_rates": {"log2_first": -8, "log2_last": -5},
+        }
+    ],
 }
 
 SOURCES = (
@@ -41,18 +58,21 @@ class WorkflowCopy:
             else:
                 shutil.copy(source, folder / name, follow_symlinks=False)
 
-    def snakemake(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Run Snakemake with its caches inside the copy; standard error is part of `stdout`."""
+    def start(self, *arguments: str, **options: Any) -> subprocess.Popen[str]:
+        """Start Snakemake with its caches inside the copy; the options are those of Popen."""
+        command = [sys.executable, "-m", "snakemake", "--nocolor", *arguments]
         environment = os.environ | {"XDG_CACHE_HOME": str(self.folder / ".cache")}
-        return subprocess.run(
-            [sys.executable, "-m", "snakemake", "--nocolor", *arguments],
-            cwd=self.folder,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=600,
-        )
+        return subprocess.Popen(command, cwd=self.folder, env=environment, text=True, **options)
+
+    def snakemake(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run Snakemake to its end; standard error is part of `stdout`."""
+        with self.start(*arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as run:
+            try:
+                output, _ = run.communicate(timeout=600)
+            except BaseException:
+                run.kill()
+                raise
+        return subprocess.CompletedProcess(run.args, run.returncode, output)
 
     def planned(self, *arguments: str) -> Counter[str]:
         """How many jobs of each rule a dry run plans."""

@@ -87,26 +87,20 @@ def count_usable_gpus() -> int:
     return len(usable_gpus())
 
 
-# On this machine as many jobs run at once as there are GPUs, unless `--resources gpu=N` says otherwise; each takes one
-# of its own (training/gpu_slots.py). A cluster, whose jobs are counted in `nodes`, shares its GPUs out itself.
-if workflow.is_main_process and workflow.nodes is None and "gpu" not in workflow.global_resources:
-    if config["device"] != "cpu" and count_usable_gpus():
+if config["device"] not in ("auto", "cpu", "cuda"):
+    stop(UserError(f"config: device: {config['device']!r}: use auto, cpu or cuda"))
+if workflow.is_main_process and workflow.nodes is None:
+    # As many jobs run at once as this machine has GPUs, unless `--resources gpu=N` says otherwise; each takes one of its
+    # own (training/gpu_slots.py).
+    if config["device"] != "cpu" and "gpu" not in workflow.global_resources and count_usable_gpus():
         workflow.register_resource("gpu", count_usable_gpus())
+elif workflow.is_main_process and config["device"] == "auto":
+    stop(UserError("config: device: 'auto': jobs run on other machines than this one; use cuda or cpu"))
 
 
 def get_gpus(wildcards) -> int:
     """GPUs that a training job asks for: with device `auto` one, where this machine has any."""
-    match config["device"]:
-        case "cpu":
-            return 0
-        case "cuda":
-            return 1
-        case "auto" if workflow.nodes is None:
-            return int(count_usable_gpus() > 0)
-        case "auto":
-            stop(UserError("config: device: 'auto': jobs run on other machines than this; use cuda or cpu"))
-        case other:
-            stop(UserError(f"config: device: {other!r}: use auto, cpu or cuda"))
+    return int(config["device"] == "cuda" or config["device"] == "auto" and count_usable_gpus() > 0)
 
 
 def get_training_memory(wildcards) -> int:
