@@ -11,6 +11,7 @@ import torch
 import yaml
 from workflow_copy import ROOT, TINY
 
+from gdn_mup.errors import EXIT_MACHINE
 from gdn_mup.study.datasets import open_dataset, open_job
 from gdn_mup.study.plan import SECTIONS, load_study
 
@@ -273,7 +274,7 @@ def test_a_width_that_does_not_exist_is_caught_before_training(study: Path, tmp_
 def test_asking_for_a_gpu_where_there_is_none_says_so(study: Path, made: dict[str, Path], tmp_path: Path) -> None:
     job = ("--growth", "heads", "--optimizer", "adamw", "--width", 16, "--seed", 0, "--output", tmp_path / "job.nc")
     done = gdn_mup("sweep", "--study", study, "--corpus", made["corpus"], *job, "--device", "cuda")
-    assert done.returncode == 2
+    assert done.returncode == EXIT_MACHINE
     assert (
         done.stderr == "error: --device: cuda: torch finds no NVIDIA GPU here; use --device cpu, or see `nvidia-smi`\n"
     )

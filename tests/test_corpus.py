@@ -24,7 +24,7 @@ from gdn_mup.corpus.documents import Document, is_validation, split, take_bytes
 from gdn_mup.corpus.sources import select
 from gdn_mup.corpus.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
 from gdn_mup.corpus.tokens import TokenFile
-from gdn_mup.errors import UserError
+from gdn_mup.errors import EXIT_MACHINE, UserError, ending
 
 # A fraction of 0.3 of some fifty documents: whichever Python's library it is, neither part is ever empty.
 SMALL = CorpusSettings(
@@ -527,8 +527,10 @@ def test_an_interrupted_build_leaves_the_corpus_before_it(editable: Path, monkey
 
 def test_message_when_the_output_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
-    text = message(build_corpus, SMALL, tmp_path, tmp_path / "out", False)
-    assert text.startswith(f"{tmp_path / 'out'}: the corpus cannot be written there: File exists")
+    with pytest.raises(OSError) as caught:
+        build_corpus(SMALL, tmp_path, tmp_path / "out", progress=False)
+    line = f"error: {tmp_path / 'out'}: File exists; it is no folder: name another place"
+    assert ending(caught.value) == (line, EXIT_MACHINE)
 
 
 def test_progress_is_bars_or_plain_lines(

@@ -185,6 +185,21 @@ def test_a_build_stopped_inside_a_document_goes_on_before_it(
     assert build_corpus(of_hub(), hub, tmp_path / "stopped")[0].sha256 == train.sha256
 
 
+@pytest.mark.parametrize("damage", ["tokenizer.json", "state.json", "train.tokens"])
+def test_what_is_not_whole_is_begun_again(
+    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    whole, _ = build_corpus(of_hub(), hub, tmp_path / "whole")
+    monkeypatch.setattr(streaming, "SECONDS_BETWEEN_STATES", 0.0)
+    monkeypatch.setattr(streaming.TokenWriter, "finish", lambda *arguments: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        build_corpus(of_hub(), hub, tmp_path / "stopped")
+    monkeypatch.undo()
+    left = tmp_path / "stopped" / streaming.PARTIAL / damage
+    left.write_bytes(left.read_bytes()[:-100])
+    assert build_corpus(of_hub(), hub, tmp_path / "stopped")[0].sha256 == whole.sha256
+
+
 def test_other_settings_start_again(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming, "SECONDS_BETWEEN_STATES", 0.0)
     monkeypatch.setattr(streaming, "publish", lambda *arguments: (_ for _ in ()).throw(Killed))

@@ -52,7 +52,10 @@ WRONG = {
     "unknown section": ({"sweep": []}, "sweep: unknown key"),
     "width that heads do not divide": ({"sweeps": {0: {"widths": [16, 20]}}}, "sweeps[0].widths: width 20"),
     "no base width": ({"sweeps": {0: {"widths": [32, 64]}}}, "sweeps[0].widths: [32, 64] lacks the base width 16"),
-    "widths that fall": ({"sweeps": {0: {"widths": [32, 16]}}}, "sweeps[0].widths: widths must be positive and asc"),
+    "widths that fall": (
+        {"sweeps": {0: {"widths": [32, 16]}}},
+        "sweeps[0].widths: widths must be ascending, ",
+    ),
     "grid that falls": ({"sweeps": {0: {"learning_rates": {"log2_first": 0}}}}, "sweeps[0].learning_rates: the grid"),
     "unknown rule set": ({"sweeps": {0: {"rules": ["mu"]}}}, "sweeps[0].rules[0]: 'mu'"),
     "negative steps": ({"training": {"steps": -1}}, "training.steps: -1"),

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from gdn_mup import __version__
-from gdn_mup.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, Interrupted, UserError
+from gdn_mup.errors import TRACEBACK, MachineError, UserError, end
+from gdn_mup.interrupt import raised_signals
 
 if TYPE_CHECKING:  # torch and xarray take seconds to import: only the commands that train pay for them
     import xarray as xr
@@ -31,11 +32,14 @@ app = typer.Typer(
     "`gdn-mup plan --study config/studies/smoke.yaml`\n\n"
     "`gdn-mup sweep --study config/studies/smoke.yaml --corpus /tmp/corpus --growth heads --optimizer adamw "
     "--width 32 --seed 0 --output /tmp/job.nc`\n\n"
-    "Start with `gdn-mup rules` to see how each rule set scales each parameter.",
+    "Start with `gdn-mup rules` to see how each rule set scales each parameter.\n\n"
+    "A command that fails says why in one line. Its exit code is 2 (bad input), 3 (the machine: disk, memory, GPU, "
+    f"network) or 75 (interrupted: run it again); {TRACEBACK}=1 adds the traceback.",
 )
 
 # Kinds of jobs; a coordinate check measures in float32, sizes as small as a gate's gradient.
 TRAINED_BY_KERNELS = ("lr_sweep", "clipping", "tuning")
+CHECKPOINT_SECONDS = 120.0
 
 StudyFile = Annotated[Path, typer.Option("--study", help="Study file, such as config/studies/laptop.yaml.")]
 Output = Annotated[Path, typer.Option(help="Written when complete; an existing file is replaced.")]
@@ -55,16 +59,14 @@ Device = Annotated[str, typer.Option(help="`cpu`, `cuda`, or `auto`: an NVIDIA G
 
 
 def main() -> None:
-    """Run the command line. Bad input is one line on standard error and exit code 2; an interrupted job's is 75."""
+    """Run the command line. What fails is one line on standard error, with the exit codes of docs/reliability.md."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        app()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(EXIT_BAD_INPUT) from None
-    except Interrupted as end:
-        print(end, file=sys.stderr)
-        raise SystemExit(EXIT_INTERRUPTED) from None
+        with raised_signals():
+            app()
+    except BaseException as error:
+        end(error)
+        raise
 
 
 @app.callback(invoke_without_command=True)
@@ -195,15 +197,19 @@ def sweep(
     seed: SeedOption,
     output: Output,
     checkpoint: Checkpoint = None,
-    checkpoint_seconds: CheckpointSeconds = 120.0,
+    checkpoint_seconds: CheckpointSeconds = CHECKPOINT_SECONDS,
     threads: Threads = None,
     device: Device = "auto",
 ) -> None:
     """Train every rule set and learning rate of one width, side by side, on the same batches."""
+    from gdn_mup.progress import progress
+
     planned = _planned(study, "lr_sweep", growth, optimizer, width, seed)
-    ready = _prepare(planned, corpus, threads, device)
-    swept = _sweep_from_checkpoint(planned, ready, checkpoint, checkpoint_seconds, output)
-    _write_job(swept.isel(trial=0), planned, ready, output)
+    ready = _prepare(planned, corpus, threads, device, output)
+    checkpoint = checkpoint or _checkpoint_beside(output)
+    with progress(_title(planned.job), 1) as report:
+        swept = _sweep(planned, ready, planned.training, report, checkpoint, checkpoint_seconds)
+    _write_job(swept.isel(trial=0), planned, ready, output, [checkpoint])
 
 
 @app.command()
@@ -216,22 +222,25 @@ def tune(
     seed: SeedOption,
     output: Output,
     checkpoint: Checkpoint = None,
-    checkpoint_seconds: CheckpointSeconds = 120.0,
+    checkpoint_seconds: CheckpointSeconds = CHECKPOINT_SECONDS,
     threads: Threads = None,
     device: Device = "auto",
 ) -> None:
     """Train every trial of a random search over multipliers at one width, side by side, on the same batches."""
     import pandas as pd
 
+    from gdn_mup.progress import progress
     from gdn_mup.study.datasets import JOB_VARIABLES
 
     planned = _planned(study, "tuning", growth, optimizer, width, seed)
-    ready = _prepare(planned, corpus, threads, device)
-    trained = _sweep_from_checkpoint(planned, ready, checkpoint, checkpoint_seconds, output)
+    ready = _prepare(planned, corpus, threads, device, output)
+    checkpoint = checkpoint or _checkpoint_beside(output)
+    with progress(_title(planned.job), 1) as report:
+        trained = _sweep(planned, ready, planned.training, report, checkpoint, checkpoint_seconds)
     multipliers = pd.DataFrame(planned.experiment.multipliers).rename_axis(index="trial", columns="hyperparameter")
     final = trained.val_loss.isel(evaluation_step=-1, drop=True).where(trained.diverged == 0)
     dataset = trained.assign(final_loss=final, multipliers=multipliers)
-    _write_job(dataset[list(JOB_VARIABLES["tuning"])], planned, ready, output)
+    _write_job(dataset[list(JOB_VARIABLES["tuning"])], planned, ready, output, [checkpoint])
 
 
 @app.command()
@@ -258,7 +267,7 @@ def coordinates(
 
     planned = _planned(study, "coordinates", growth, optimizer, width, seed)
     check, training = planned.experiment, planned.training
-    ready = _prepare(planned, corpus, threads, device)
+    ready = _prepare(planned, corpus, threads, device, output)
     members = [Member(rules, check.learning_rate) for rules in check.rules]
     trainer = ready.make_trainer(members)
     probe = ready.validation.fixed_batches(1, check.probe_sequences, training.context_length)[0, :, :-1]
@@ -298,7 +307,7 @@ def multiplier(
 
     planned = _planned(study, "multiplier", growth, optimizer, width, seed)
     check, training = planned.experiment, planned.training
-    ready = _prepare(planned, corpus, threads, "cpu")
+    ready = _prepare(planned, corpus, threads, "cpu", output)
     probe = ready.validation.fixed_batches(1, check.probe_sequences, training.context_length)[0]
 
     def make_trainer(members: Sequence[Member], epsilon: float) -> Trainer:
@@ -339,6 +348,7 @@ def clipping(
     seed: SeedOption,
     output: Output,
     optimizer: OptimizerOption = "sgd",
+    checkpoint_seconds: CheckpointSeconds = CHECKPOINT_SECONDS,
     threads: Threads = None,
     device: Device = "auto",
 ) -> None:
@@ -350,15 +360,14 @@ def clipping(
 
     planned = _planned(study, "clipping", growth, optimizer, width, seed)
     check = planned.experiment
-    ready = _prepare(planned, corpus, threads, device)
-    checkpoints = [output.with_name(f".{output.name}.{name}.checkpoint") for name in check.clippings]
+    ready = _prepare(planned, corpus, threads, device, output)
+    checkpoints = [_checkpoint_beside(output, f".{name}") for name in check.clippings]
     swept: list[xr.Dataset] = []
     with progress(_title(planned.job), len(check.clippings)) as report:
         for name, checkpoint in zip(check.clippings, checkpoints, strict=True):
             training = planned.training.model_copy(update={"clipping": name})
-            # Kept until the file is written: a killed job does not repeat the clippings that are done.
-            kept = {"checkpoint": checkpoint, "keep_checkpoint": True}
-            part = _sweep(planned, ready, training, _part_of(report, len(swept), name), **kept)
+            part_report = _part_of(report, len(swept), name)
+            part = _sweep(planned, ready, training, part_report, checkpoint, checkpoint_seconds)
             swept.append(part.isel(trial=0))
     dataset = xr.concat(swept, xr.Variable("clipping", list(check.clippings)))
     # Every member has its own tokens, and the rest adds up.
@@ -366,9 +375,7 @@ def clipping(
         name: dataset[name][0] for name in ("tokens", "evaluated_tokens")
     }
     dataset = dataset.assign(spent)[list(JOB_VARIABLES["clipping"])].transpose("rules", "clipping", ...)
-    _write_job(dataset, planned, ready, output)
-    for checkpoint in checkpoints:
-        checkpoint.unlink()
+    _write_job(dataset, planned, ready, output, checkpoints)
 
 
 @app.command("warm-up")
@@ -394,7 +401,7 @@ def warm_up(
         import torch
 
         if not torch.cuda.is_available():
-            raise UserError(
+            raise MachineError(
                 "--study: kernels are compiled for the GPU at hand, and torch finds none (see `nvidia-smi`)"
             )
         from gdn_mup.progress import progress
@@ -477,12 +484,14 @@ class _Ready(NamedTuple):
     device_name: str
 
 
-def _prepare(planned: _Planned, corpus: Path, threads: int | None, device: str) -> _Ready:
+def _prepare(planned: _Planned, corpus: Path, threads: int | None, device: str, output: Path) -> _Ready:
+    """Open and check all that a job depends on, the place of its output too: what fails, fails before it trains."""
     from functools import partial
 
     import torch
 
-    from gdn_mup.corpus.tokens import TokenFile
+    from gdn_mup.corpus.tokens import open_corpus
+    from gdn_mup.files import check_writable
     from gdn_mup.study.plan import Tuning
     from gdn_mup.study.provenance import processor
     from gdn_mup.training.allocator import keep_freed_memory
@@ -494,7 +503,7 @@ def _prepare(planned: _Planned, corpus: Path, threads: int | None, device: str) 
         torch.set_num_threads(threads)
     keep_freed_memory()
     torch.set_flush_denormal(True)  # a vanishing gradient must not slow the arithmetic down
-    tokens, validation = (TokenFile.open(corpus / f"{part}.tokens") for part in ("train", "validation"))
+    tokens, validation = open_corpus(corpus)
     scaled = scaled_model(study.model, job.width, job.growth, tokens.vocabulary_size, experiment.rules, job.optimizer)
     if isinstance(experiment, Tuning):
         scaled = scaled._replace(trials=experiment.multipliers)
@@ -522,6 +531,7 @@ def _prepare(planned: _Planned, corpus: Path, threads: int | None, device: str) 
         batches = validation.fixed_batches(1, training.batch_size, training.context_length)
         return members_that_fit(members, make_trainer, torch.from_numpy(batches))
 
+    check_writable(output)
     name = torch.cuda.get_device_name() if cuda else processor()
     return _Ready(scaled, tokens, validation, make_trainer, group_size, "cuda" if cuda else "cpu", name)
 
@@ -540,9 +550,9 @@ def _use_cuda(device: str) -> bool:
     found = torch.cuda.is_available()
     suitable = found and torch.cuda.get_device_capability() >= OLDEST_GPU
     if device == "cuda" and not found:
-        raise UserError("--device: cuda: torch finds no NVIDIA GPU here; use --device cpu, or see `nvidia-smi`")
+        raise MachineError("--device: cuda: torch finds no NVIDIA GPU here; use --device cpu, or see `nvidia-smi`")
     if device == "cuda" and not suitable:
-        raise UserError(
+        raise MachineError(
             f"--device: cuda: {torch.cuda.get_device_name()} has no bfloat16 matrix products; use an NVIDIA GPU of "
             "compute capability 8.0 or more (Ampere, 2020), or --device cpu"
         )
@@ -551,26 +561,22 @@ def _use_cuda(device: str) -> bool:
     return suitable
 
 
-def _sweep_from_checkpoint(
-    planned: _Planned, ready: _Ready, checkpoint: Path | None, checkpoint_seconds: float, output: Path
-) -> "xr.Dataset":
-    """`_sweep` with a progress bar, going on from the checkpoint, which lies beside the output by default."""
-    from gdn_mup.progress import progress
-
-    kept = {
-        "checkpoint": checkpoint or output.with_name(f".{output.name}.checkpoint"),
-        "checkpoint_seconds": checkpoint_seconds,
-    }
-    with progress(_title(planned.job), 1) as report:
-        return _sweep(planned, ready, planned.training, report, **kept)
+def _checkpoint_beside(output: Path, part: str = "") -> Path:
+    """Where a job leaves off and goes on: hidden, and none of the workflow's files."""
+    return output.with_name(f".{output.name}{part}.checkpoint")
 
 
 def _sweep(
-    planned: _Planned, ready: _Ready, training: "TrainingSettings", report: "Report", **options: Any
+    planned: _Planned,
+    ready: _Ready,
+    training: "TrainingSettings",
+    report: "Report",
+    checkpoint: Path,
+    checkpoint_seconds: float,
 ) -> "xr.Dataset":
-    """Train every rule set, trial and learning rate of a job.
+    """Train every rule set, trial and learning rate of a job, going on from the checkpoint if there is one.
 
-    `report` is told the share that is done, and `train` is given the options.
+    `report` is told the share that is done. The last checkpoint is for `_write_job` to remove.
     """
     from functools import partial
 
@@ -589,8 +595,9 @@ def _sweep(
         ready.validation,
         settings_hash=settings_hash(planned.settings),
         device=ready.device,
+        checkpoint=checkpoint,
+        checkpoint_seconds=checkpoint_seconds,
         report=lambda done, status="": report(done / updates, status),
-        **options,
     )
     trials = len(ready.scaled.trials)
     return _sweep_dataset(curves, members, stands_for, trials, learning_rates, training)
@@ -650,8 +657,10 @@ def _costs(spent: "Spent", *, members: int, diverged_members: int, tokens: tuple
     return {**spent._asdict(), **counted, "tokens": tokens[0], "evaluated_tokens": tokens[1]}
 
 
-def _write_job(dataset: "xr.Dataset", planned: _Planned, ready: _Ready, output: Path) -> None:
-    """Add the job's coordinates and provenance, and write its file."""
+def _write_job(
+    dataset: "xr.Dataset", planned: _Planned, ready: _Ready, output: Path, checkpoints: Sequence[Path] = ()
+) -> None:
+    """Add the job's coordinates and provenance, and write its file; only then its checkpoints are no longer needed."""
     from gdn_mup.study.datasets import write
     from gdn_mup.study.provenance import provenance
 
@@ -664,6 +673,8 @@ def _write_job(dataset: "xr.Dataset", planned: _Planned, ready: _Ready, output: 
         "vocabulary_size": ready.tokens.vocabulary_size,
     }
     write(dataset, output)
+    for checkpoint in checkpoints:
+        checkpoint.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import sys
 from functools import cache
 from typing import NoReturn, get_args
 
-from gdn_mup.errors import UserError
+from gdn_mup.errors import UserError, end
 from gdn_mup.model.config import GrowthMode
 from gdn_mup.study.plan import Job, Study, load_study
 from gdn_mup.training.config import OptimizerName
@@ -35,14 +35,14 @@ def get_study(name: str) -> Study:
     """The study of that name; its file's first mistake, as one line, ends the run."""
     try:
         return load_study(f"config/studies/{name}.yaml")
-    except UserError as error:
+    except (UserError, OSError) as error:
         stop(error)
 
 
-def stop(error: UserError) -> NoReturn:
-    """End the run as `gdn-mup` does: one line, exit code 2, no traceback."""
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    sys.exit(2)
+def stop(error: Exception) -> NoReturn:
+    """End the run as `gdn-mup` does: one line, and its exit code."""
+    end(error)
+    raise error
 
 
 def get_corpus_files(wildcards) -> list[str]:

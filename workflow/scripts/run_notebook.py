@@ -7,12 +7,15 @@ it gets an IPython profile of its own, so that a user's start-up files have no s
 
 import logging
 import os
+import re
 import sys
 import tempfile
 
+from gdn_mup import errors
+
 
 def main(notebook: str, executed: str, *parameters: str) -> None:
-    """Execute `notebook`, keep the result in `executed`; a cell that raises ends the process with its traceback."""
+    """Execute `notebook`, keep the result in `executed`; a cell that raises ends the process as `gdn-mup` ends."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     # A Unix socket's path holds about a hundred characters: less than some temporary directories take alone.
     with tempfile.TemporaryDirectory(prefix="gdn-mup-", dir="/tmp") as scratch:
@@ -33,5 +36,18 @@ def main(notebook: str, executed: str, *parameters: str) -> None:
         )
 
 
+def raised(error: Exception) -> Exception:
+    """What a cell raised, of which papermill knows the name and the text."""
+    name, text = getattr(error, "ename", ""), getattr(error, "evalue", "")
+    if name in ("UserError", "MachineError"):
+        return getattr(errors, name)(text)
+    said = re.fullmatch(r"\[Errno (\d+)\] (.*): '(.*)'", text)
+    return OSError(int(said[1]), said[2], said[3]) if said else error
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except Exception as error:
+        errors.end(raised(error))
+        raise

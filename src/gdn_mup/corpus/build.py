@@ -13,8 +13,9 @@ from gdn_mup.corpus.encoding import encode
 from gdn_mup.corpus.sources import select
 from gdn_mup.corpus.streaming import stream_corpus
 from gdn_mup.corpus.tokenizer import train_tokenizer
-from gdn_mup.corpus.tokens import TokenFile
-from gdn_mup.corpus.writing import TokenWriter, publish, written_to
+from gdn_mup.corpus.tokens import TokenFile, open_corpus
+from gdn_mup.corpus.writing import TokenWriter, publish
+from gdn_mup.files import naming
 
 logger = logging.getLogger(__name__)
 
@@ -30,13 +31,13 @@ def build_corpus(
     a line per stage is logged.
 
     Returns the training and the validation tokens. Raises UserError for text that cannot be used, before
-    anything is written.
+    anything is written, and OSError, which names `output`, where it cannot be written.
     """
     if settings.source == "huggingface":
         stream_corpus(settings, root, output)
     else:
         _build_in_memory(settings, root, output, progress, downloads or output / "downloads")
-    parts = (TokenFile.open(output / "train.tokens"), TokenFile.open(output / "validation.tokens"))
+    parts = open_corpus(output)
     for name, tokens in zip(("train", "validation"), parts, strict=True):
         logger.info(
             "%s: %d documents, %.1f MB, %d tokens, %.2f bytes/token",
@@ -59,8 +60,7 @@ def _build_in_memory(
         stage("Learning the vocabulary")
         sample = take_bytes(train, settings.tokenizer_sample_bytes)
         tokenizer = train_tokenizer((document.text for document in sample), settings)
-        with written_to(output), tempfile.TemporaryDirectory(prefix=".partial-", dir=output) as partial:
-            folder = Path(partial)
+        with _partial(output) as folder:
             (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
             for name, part in (("train", train), ("validation", validation)):
                 advance = stage(f"Encoding {name}", sum(document.bytes for document in part))
@@ -70,6 +70,15 @@ def _build_in_memory(
                         advance(piece.bytes)
                     writer.finish(settings, selection.provenance, folder / "tokenizer.json")
             publish(folder, output)
+
+
+@contextmanager
+def _partial(output: Path) -> Iterator[Path]:
+    """A folder in `output` for what is not complete yet, which is made if it is not there."""
+    with naming(output):
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=output) as partial:
+            yield Path(partial)
 
 
 # A stage is announced with the bytes that it will go through (if known) and returns how to report them.

@@ -50,6 +50,7 @@ class CorpusSettings(Settings):
     maximum_bytes: int = Field(
         20_000_000,
         gt=0,
+        le=10**15,
         description="Stop taking documents beyond this much text (in order of document hash; of source `huggingface` "
         "in the dataset's own order).",
     )
@@ -57,7 +58,7 @@ class CorpusSettings(Settings):
         512, ge=257, le=2**20, description="Byte-level BPE vocabulary, the end-of-document token included."
     )
     tokenizer_sample_bytes: int = Field(
-        4_000_000, gt=0, description="How much training text the tokenizer is trained on."
+        4_000_000, gt=0, le=10**12, description="How much training text the tokenizer is trained on."
     )
     validation_fraction: float = Field(
         0.05, gt=0, lt=1, description="Share of documents held out, chosen by document hash."

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from gdn_mup.corpus.config import CorpusSettings
 from gdn_mup.corpus.documents import Document
 from gdn_mup.corpus.encoding import prefetch
-from gdn_mup.errors import UserError
+from gdn_mup.errors import MachineError, UserError
 
 if TYPE_CHECKING:
     import pyarrow
@@ -35,7 +35,9 @@ class Stream:
         try:
             import datasets
         except ImportError:
-            raise UserError("corpus.source: `huggingface` needs the package datasets; `pip install datasets`") from None
+            raise MachineError(
+                "corpus.source: `huggingface` needs the package datasets; `pip install datasets`"
+            ) from None
         self._settings = settings
         folder = root / settings.dataset
         try:
@@ -88,7 +90,7 @@ class Stream:
         except UserError:
             raise
         except Exception as error:  # anything from a socket to a broken file
-            raise UserError(
+            raise MachineError(
                 f"corpus.dataset: {self._settings.dataset}: reading broke off ({_reason(error)}); start again: "
                 "it goes on where it was"
             ) from None
@@ -117,7 +119,8 @@ def _cannot_load(settings: CorpusSettings, error: Exception) -> UserError:
         return UserError(f"corpus.dataset_config: {settings.dataset_config!r}: {name}: {reason}")
     if "Bad split" in reason:
         return UserError(f"corpus.dataset_split: {settings.dataset_split!r}: {name}: {reason}")
-    return UserError(
+    kind = UserError if isinstance(error, FileNotFoundError) else MachineError  # the hub has no such dataset
+    return kind(
         f"corpus.dataset: {settings.dataset!r} cannot be loaded ({reason}); check the name and the network, or name a "
         "folder that holds a copy"
     )

@@ -21,7 +21,8 @@ from typing import NamedTuple
 
 from packaging.requirements import InvalidRequirement, Requirement
 
-from gdn_mup.errors import UserError
+from gdn_mup.errors import MachineError, UserError
+from gdn_mup.files import naming, replacing
 from gdn_mup.progress import progress
 
 logger = logging.getLogger(__name__)
@@ -97,10 +98,11 @@ def fetch(requirements: Path, directory: Path) -> list[Wheel]:
 
     A download that broke off is repeated for that wheel alone, here or by the next call.
 
-    Raises UserError, one line, where pip cannot get a wheel or gets another than the pinned one.
+    Raises MachineError where pip cannot get a wheel, UserError where it gets another than the pinned one, and OSError,
+    which names `directory`, where they cannot be stored.
     """
     pins = read_pins(requirements)
-    try:
+    with naming(directory):
         directory.mkdir(parents=True, exist_ok=True)
         held = {_sha256(path): path for path in sorted(directory.glob("*.whl"))}
         with progress("Fetching packages", len(pins)) as report:
@@ -109,14 +111,8 @@ def fetch(requirements: Path, directory: Path) -> list[Wheel]:
                     held[pin.sha256] = _download(pin, requirements, directory)
                 report(done, str(pin))
         wheels = [Wheel(*pin, held[pin.sha256].name, _licence(held[pin.sha256])) for pin in pins]
-        partial = directory / f".{MANIFEST}"
-        partial.write_text(json.dumps([wheel._asdict() for wheel in wheels], indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, directory / MANIFEST)
-    except OSError as error:
-        raise UserError(
-            f"{directory}: packages cannot be stored there: {error.strerror or error}; "
-            "give a directory that is writable and has room"
-        ) from None
+        with replacing(directory / MANIFEST) as partial:
+            partial.write_text(json.dumps([wheel._asdict() for wheel in wheels], indent=2) + "\n", encoding="utf-8")
     return wheels
 
 
@@ -142,7 +138,7 @@ def _download(pin: Pin, requirements: Path, directory: Path) -> Path:
     reasons = (
         [line for line in output.splitlines() if line.startswith("ERROR:")] or output.splitlines() or ["no output"]
     )
-    raise UserError(
+    raise MachineError(
         f"{requirements}: {pin}: pip cannot fetch it ({reasons[0].removeprefix('ERROR:').strip()}); check the network "
         f"and pip's settings (`pip config list`), or put the pinned wheel into {directory}"
     )

@@ -16,7 +16,7 @@ from gdn_mup.corpus.config import CorpusSettings
 from gdn_mup.corpus.documents import Document, take_bytes
 from gdn_mup.corpus.near_duplicates import drop_near_duplicates
 from gdn_mup.corpus.pypi import Wheel, fetch, package_texts
-from gdn_mup.errors import UserError
+from gdn_mup.errors import MachineError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -216,7 +216,7 @@ def _read_parquet(path: Path, field: str) -> Iterator[tuple[str, str]]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise UserError(f"{path}: reading .parquet needs pyarrow; `pip install pyarrow`") from None
+        raise MachineError(f"{path}: reading .parquet needs pyarrow; `pip install pyarrow`") from None
     types = pyarrow.types
     try:
         with pyarrow.parquet.ParquetFile(path) as table:

@@ -1,25 +1,28 @@
 """A corpus that does not fit in memory: documents are encoded as they come, and a build that ended early goes on."""
 
-import os
+import hashlib
 import shutil
 import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import BaseModel, ValidationError
 from tokenizers import Tokenizer
 
 from gdn_mup.corpus.config import CorpusSettings
 from gdn_mup.corpus.documents import is_validation, no_documents, take_bytes
-from gdn_mup.corpus.encoding import encode
+from gdn_mup.corpus.encoding import encode, token_dtype
 from gdn_mup.corpus.huggingface import Position, Stream
 from gdn_mup.corpus.tokenizer import load_tokenizer, train_tokenizer
-from gdn_mup.corpus.writing import Counts, TokenWriter, publish, written_to
+from gdn_mup.corpus.writing import Counts, TokenWriter, publish
+from gdn_mup.files import naming, replacing
 from gdn_mup.progress import Report, progress
 
 PARTIAL = ".streaming"  # the folder in the output where a build that ended early left its files
 STATE = "state.json"
+TOKENIZER = "tokenizer.json"
 SECONDS_BETWEEN_STATES = 30.0
 SECONDS_BETWEEN_REPORTS = 0.2
 
@@ -29,6 +32,7 @@ class State(BaseModel):
 
     settings: dict[str, Any]
     provenance: dict[str, Any]
+    tokenizer_sha256: str
     position: Position | None = None
     train: Counts = Counts()
     validation: Counts = Counts()
@@ -50,17 +54,17 @@ def stream_corpus(settings: CorpusSettings, root: Path, output: Path) -> None:
     """
     stream = Stream(settings, root)
     folder = output / PARTIAL
-    with written_to(output):
-        state = State(settings=settings.model_dump(mode="json"), provenance=stream.provenance)
-        found = _read_state(folder)
-        if found is not None and (found.settings, found.provenance) == (state.settings, state.provenance):
-            state, tokenizer = found, load_tokenizer(folder / "tokenizer.json")
-        else:
+    with naming(output):
+        asked = {"settings": settings.model_dump(mode="json"), "provenance": stream.provenance}
+        state = _read_state(folder)
+        if state is None or {"settings": state.settings, "provenance": state.provenance} != asked:
             shutil.rmtree(folder, ignore_errors=True)
-            tokenizer = _learn_vocabulary(stream, settings)
-            folder.mkdir()
-            (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+            learnt = _learn_vocabulary(stream, settings).to_str(pretty=True).encode()
+            folder.mkdir(parents=True)
+            (folder / TOKENIZER).write_bytes(learnt)
+            state = State(**asked, tokenizer_sha256=hashlib.sha256(learnt).hexdigest())
             _write_state(folder, state)
+        tokenizer = load_tokenizer(folder / TOKENIZER)
         with progress(f"Encoding {settings.dataset}", settings.maximum_bytes) as report:
             _encode(stream, settings, tokenizer, folder, state, report)
         (folder / STATE).unlink()
@@ -104,18 +108,23 @@ def _encode(
             if not writer.counts.documents:
                 total = state.train.documents + state.validation.documents
                 raise no_documents(name, settings.validation_fraction, total)
-            writer.finish(settings, state.provenance, folder / "tokenizer.json")
+            writer.finish(settings, state.provenance, folder / TOKENIZER)
 
 
 def _read_state(folder: Path) -> State | None:
-    """What an earlier build left, if anything whole."""
+    """What an earlier build left, if all of it is whole."""
     try:
-        return State.model_validate_json((folder / STATE).read_bytes())
+        state = State.model_validate_json((folder / STATE).read_bytes())
+        tokenizer = (folder / TOKENIZER).read_bytes()
+        item = np.dtype(token_dtype(state.settings["vocabulary_size"])).itemsize
+        for name, counts in (("train", state.train), ("validation", state.validation)):
+            if counts.tokens and (folder / f"{name}.tokens").stat().st_size < counts.tokens * item:
+                return None
     except (FileNotFoundError, ValidationError):
         return None
+    return state if hashlib.sha256(tokenizer).hexdigest() == state.tokenizer_sha256 else None
 
 
 def _write_state(folder: Path, state: State) -> None:
-    partial = folder / f".{STATE}"
-    partial.write_text(state.model_dump_json(), encoding="utf-8")
-    os.replace(partial, folder / STATE)
+    with replacing(folder / STATE) as partial:
+        partial.write_text(state.model_dump_json(), encoding="utf-8")

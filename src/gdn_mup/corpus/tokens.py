@@ -15,6 +15,8 @@ from pydantic import Field, ValidationError
 from gdn_mup.errors import UserError
 from gdn_mup.settings import Settings
 
+REBUILD = "build the corpus again with `gdn-mup corpus`"
+
 
 class Sidecar(Settings):
     """What a `.tokens` file holds; stored as JSON beside it."""
@@ -53,28 +55,27 @@ class TokenFile:
         Raises UserError if either file is missing or does not fit the other.
         """
         path = Path(path)
-        cure = "build the corpus again with `gdn-mup corpus`"
         if not path.is_file():
             raise UserError(f"{path}: no such token file; `gdn-mup corpus` builds it")
         sidecar_path = path.with_suffix(".json")
         try:
             sidecar = Sidecar.model_validate_json(sidecar_path.read_bytes())
         except FileNotFoundError:
-            raise UserError(f"{sidecar_path}: missing: it says what {path.name} holds; {cure}") from None
+            raise UserError(f"{sidecar_path}: missing: it says what {path.name} holds; {REBUILD}") from None
         except ValidationError as error:
             problem = error.errors()[0]
             key = ".".join(map(str, problem["loc"])) or "JSON"
-            raise UserError(f"{sidecar_path}: {key}: {problem['msg']}; {cure}") from None
+            raise UserError(f"{sidecar_path}: {key}: {problem['msg']}; {REBUILD}") from None
         dtype = np.dtype(sidecar.dtype).newbyteorder("<")
         expected, found = sidecar.tokens * dtype.itemsize, path.stat().st_size
         if found != expected:
             raise UserError(
                 f"{path}: {found} bytes, but {sidecar_path.name} says {expected} ({sidecar.tokens} tokens of "
-                f"{sidecar.dtype}); {cure}"
+                f"{sidecar.dtype}); {REBUILD}"
             )
         array = np.memmap(path, dtype=dtype, mode="r")
         if verify:
-            _check_content(path, array, sidecar, cure)
+            _check_content(path, array, sidecar)
         return cls(path, array, sidecar)
 
     @property
@@ -140,7 +141,23 @@ class TokenFile:
         return self.array[offsets[:, None] + np.arange(context_length + 1)].astype(np.int64)
 
 
-def _check_content(path: Path, array: NDArray[np.unsignedinteger], sidecar: Sidecar, cure: str) -> None:
+def open_corpus(folder: Path) -> tuple[TokenFile, TokenFile]:
+    """The training and the validation tokens that one `gdn-mup corpus` wrote.
+
+    Raises UserError like `TokenFile.open`, and if the two or the tokenizer beside them are of different builds.
+    """
+    train, validation = (TokenFile.open(folder / f"{part}.tokens") for part in ("train", "validation"))
+    tokenizer = folder / "tokenizer.json"
+    if not tokenizer.is_file():
+        raise UserError(f"{tokenizer}: no such tokenizer; {REBUILD}")
+    found = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
+    for part in (train, validation):
+        if part.sidecar.tokenizer_sha256 != found:
+            raise UserError(f"{tokenizer}: its sha256 is not the one in {part.path.stem}.json; {REBUILD}")
+    return train, validation
+
+
+def _check_content(path: Path, array: NDArray[np.unsignedinteger], sidecar: Sidecar) -> None:
     """Compare checksum and vocabulary in one pass over the file."""
     checksum = hashlib.sha256()
     largest = 0
@@ -149,6 +166,6 @@ def _check_content(path: Path, array: NDArray[np.unsignedinteger], sidecar: Side
         checksum.update(chunk.data)
         largest = max(largest, int(chunk.max()))
     if checksum.hexdigest() != sidecar.sha256:
-        raise UserError(f"{path}: its sha256 is not the one in {path.with_suffix('.json').name}; {cure}")
+        raise UserError(f"{path}: its sha256 is not the one in {path.with_suffix('.json').name}; {REBUILD}")
     if largest >= sidecar.vocabulary_size:
-        raise UserError(f"{path}: token id {largest} is not below vocabulary_size {sidecar.vocabulary_size}; {cure}")
+        raise UserError(f"{path}: token id {largest} is not below vocabulary_size {sidecar.vocabulary_size}; {REBUILD}")

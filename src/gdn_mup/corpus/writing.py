@@ -3,8 +3,6 @@
 import hashlib
 import os
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,7 +14,6 @@ from pydantic import BaseModel
 from gdn_mup.corpus.config import CorpusSettings
 from gdn_mup.corpus.encoding import Piece, token_dtype
 from gdn_mup.corpus.tokens import Sidecar
-from gdn_mup.errors import UserError
 
 
 class Counts(BaseModel):
@@ -83,22 +80,6 @@ def publish(folder: Path, output: Path) -> None:
     """Move complete files to their place."""
     for file in sorted(folder.iterdir()):
         os.replace(file, output / file.name)
-
-
-@contextmanager
-def written_to(output: Path) -> Iterator[None]:
-    """Make the folder; what the disk refuses inside the `with` block becomes one line.
-
-    Raises UserError.
-    """
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{output}: the corpus cannot be written there: {error.strerror or error}; "
-            "give a directory that is writable and has room"
-        ) from None
 
 
 def _describe(settings: CorpusSettings) -> str:

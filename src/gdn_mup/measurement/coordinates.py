@@ -17,7 +17,7 @@ from torch import Tensor
 from gdn_mup.measurement.dynamics import QUANTILES, gate_and_state
 from gdn_mup.model.language_model import OUTSIDE_BLOCKS, LanguageModel
 from gdn_mup.progress import Report, silent
-from gdn_mup.training.sweep import Member, Trainer
+from gdn_mup.training.sweep import Member, Trainer, check_untrained
 
 
 class Place(NamedTuple):
@@ -59,6 +59,8 @@ def coordinate_check(
     (rules, step, layer, parameter), gradient and update being those of the update that led to the step,
     the gradient before clipping; and what `dynamics.gate_and_state` summarises (rules, step, layer) or
     (rules, step, layer, quantile).
+
+    Raises UserError if an activation is not finite before the first update.
     """
     model, probe = trainer.model, probe.to(trainer.device)
     at_init = activations(model, probe)
@@ -89,6 +91,8 @@ def coordinate_check(
                 variables[variable] = _empty(dimensions | ({"quantile": list(QUANTILES)} if values.dim() > 1 else {}))
             variables[variable].values[:, steps.index(step), layers.index(layer)] = values.cpu().numpy()
 
+    finite = torch.stack([activation.flatten(1).isfinite().all(1) for activation in at_init.values()]).all(0)
+    check_untrained(members, finite, model.shape.width)
     for step in range(max(steps) + 1):
         measured = step in steps
         if step > 0:

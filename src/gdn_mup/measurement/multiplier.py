@@ -19,7 +19,7 @@ from gdn_mup.measurement.coordinates import Place, activations, parameter_place
 from gdn_mup.model.config import InitName, KernelScale
 from gdn_mup.model.language_model import LanguageModel, initialize_as_usual
 from gdn_mup.progress import Report, silent
-from gdn_mup.training.sweep import Member, Trainer
+from gdn_mup.training.sweep import Member, Trainer, check_untrained
 
 LOW_QUANTILE = 0.01
 SQUARES = ("mean_square", "median_square", "low_square", "share_below_epsilon")
@@ -59,6 +59,9 @@ def multiplier_check(
         `trained_loss_change` between the two trainings; by layer `mean_square`, `median_square`, `low_square` and
         `share_below_epsilon` of mean(o²) over a head's values, as the norm of the model without multiplier sees it;
         `multiplier`.
+
+    Raises:
+        UserError: a loss is not finite before the first update.
     """
     conditions = [Condition(*c) for c in itertools.product(members, inits, kernel_scales)]
     measured: list[list[dict[str, Tensor]]] = []  # by ε, by step
@@ -74,6 +77,9 @@ def multiplier_check(
                 multiplied.step(step - 1, 1.0)
             if step in steps:
                 changes = _insert(plain.model, multiplier, probe)
+                if step == 0:
+                    untrained = [condition.member for condition in conditions]
+                    check_untrained(untrained, changes["loss"].isfinite(), plain.model.shape.width)
                 with torch.no_grad():
                     changes["trained_loss_change"] = multiplied.model.losses(probe) - changes["loss"]
                 measured[-1].append(changes | _squares(plain.model, probe[:, :-1], epsilon))

@@ -4,7 +4,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import Field
 
-from gdn_mup.settings import Settings
+from gdn_mup.settings import Settings, Size
 
 GrowthMode = Literal["heads", "head_dim"]
 InitName = Literal["study", "usual"]  # a study's own `initial_scale`, or one standard deviation at every width
@@ -27,13 +27,13 @@ class InitialScale(Settings):
 class ModelSettings(Settings):
     """A Gated DeltaNet at the base width. `heads`, `head_dim` and `value_head_dim` are the base width's."""
 
-    base_width: int = Field(32, gt=0, description="Width d₀ of the residual stream at which rule sets coincide.")
-    layers: int = Field(2, gt=0, description="Blocks: a gated delta rule mixer and an MLP each.")
-    heads: int = Field(2, gt=0, description="Heads at the base width.")
-    head_dim: int = Field(16, gt=0, description="Key dimension K of a head at the base width.")
-    value_head_dim: int = Field(16, gt=0, description="Value dimension V of a head at the base width.")
-    mlp_ratio: float = Field(3.0, gt=0, description="Inner width of the gated MLP over the model's width.")
-    conv_size: int = Field(4, gt=0, description="Taps of the short causal convolution on q, k and v.")
+    base_width: Size = Field(32, description="Width d₀ of the residual stream at which rule sets coincide.")
+    layers: Size = Field(2, description="Blocks: a gated delta rule mixer and an MLP each.")
+    heads: Size = Field(2, description="Heads at the base width.")
+    head_dim: Size = Field(16, description="Key dimension K of a head at the base width.")
+    value_head_dim: Size = Field(16, description="Value dimension V of a head at the base width.")
+    mlp_ratio: float = Field(3.0, gt=0, le=1024, description="Inner width of the gated MLP over the model's width.")
+    conv_size: Size = Field(4, description="Taps of the short causal convolution on q, k and v.")
     tied_embeddings: bool = Field(False, description="Whether the readout is the embedding's transpose.")
     norm_epsilon: float = Field(1e-5, ge=0, description="ε of every RMSNorm.")
     initial_scale: InitialScale = InitialScale()
@@ -56,7 +56,7 @@ class ModelShape(NamedTuple):
 def model_shape(model: ModelSettings, width: int, growth: GrowthMode, vocabulary_size: int) -> ModelShape:
     """The model at `width`, grown from the base width by more heads or by larger heads.
 
-    Raises ValueError, naming the widths that fit, if a size would not be a whole number.
+    Raises ValueError, naming the widths that fit, if a size would not be a whole number, or would be zero.
     """
     grown = {"heads": model.heads, "head_dim": model.head_dim, "value_head_dim": model.value_head_dim}
     for size in ("heads",) if growth == "heads" else ("head_dim", "value_head_dim"):
@@ -67,10 +67,13 @@ def model_shape(model: ModelSettings, width: int, growth: GrowthMode, vocabulary
                 f"{model.base_width}, growth `{growth}`; use multiples of {model.base_width}"
             )
         grown[size] = scaled
+    mlp_width = round(model.mlp_ratio * width)
+    if mlp_width == 0:
+        raise ValueError(f"width {width} leaves no inner width to the MLP: model.mlp_ratio is {model.mlp_ratio}")
     return ModelShape(
         width=width,
         layers=model.layers,
-        mlp_width=round(model.mlp_ratio * width),
+        mlp_width=mlp_width,
         conv_size=model.conv_size,
         vocabulary_size=vocabulary_size,
         tied_embeddings=model.tied_embeddings,

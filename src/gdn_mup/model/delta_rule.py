@@ -99,7 +99,7 @@ def gated_delta_rule(
 
     Raises:
         ValueError: shapes that do not fit together, or an unknown backend.
-        UserError: backend "fla" on a GPU without flash-linear-attention and triton (the extra ``gpu`` brings both),
+        MachineError: backend "fla" on a GPU without flash-linear-attention and triton (the extra ``gpu`` brings both),
             or with a Triton that gives wrong gradients there.
 
     Source: arXiv 2412.06464, equation 10 (the rule) and section 3.3 (its chunked form); arXiv 2606.04048, section 2.

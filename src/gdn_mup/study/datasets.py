@@ -6,7 +6,6 @@ What a study has not run (yet) is NaN, and named in the attribute `missing_jobs`
 """
 
 import json
-import os
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -15,6 +14,7 @@ import numpy as np
 import xarray as xr
 
 from gdn_mup.errors import UserError
+from gdn_mup.files import replacing
 from gdn_mup.model.config import GrowthMode, InitName, KernelScale
 from gdn_mup.study.plan import Job, Log2Ranges, RuleSetName, Study, settings_hash
 from gdn_mup.training.config import Clipping, OptimizerName
@@ -180,21 +180,17 @@ def describe(dataset: xr.Dataset) -> xr.Dataset:
 
 
 def write(dataset: xr.Dataset, path: Path | str) -> None:
-    """Write a compressed netCDF-4 file, to a temporary name and renamed when complete."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Write a compressed netCDF-4 file, to a temporary name and renamed when complete. Raises OSError."""
     described = describe(dataset)
     encoding: dict[Hashable, dict[str, Any]] = {
         name: {"zlib": True, "complevel": 4, "shuffle": True}
         for name, variable in described.variables.items()
         if variable.ndim > 0 and variable.dtype.kind in "fiub"  # scalars and strings cannot be chunked
     }
-    try:
-        described.to_netcdf(temporary, engine="h5netcdf", encoding=encoding)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # In memory first: HDF5 does not end cleanly on a disk that is full.
+    content = described.to_netcdf(engine="h5netcdf", encoding=encoding)
+    with replacing(Path(path)) as temporary:
+        temporary.write_bytes(content)
 
 
 def open_dataset(path: Path | str, kind: DatasetKind) -> xr.Dataset:

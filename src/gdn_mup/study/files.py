@@ -1,8 +1,5 @@
-"""Where products are found and how they are written."""
+"""Where products are found."""
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -18,15 +15,3 @@ def from_root(path: Path | str) -> Path:
         if not path.is_absolute() and (folder / "Snakefile").is_file():
             return folder / path
     return path
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, with its suffix, that takes its place if the block succeeds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

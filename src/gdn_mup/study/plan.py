@@ -7,8 +7,9 @@ A *job* is one (growth, optimizer, width, seed); its *members*, trained together
 import hashlib
 import json
 import random
+import reprlib
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, get_args
+from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -16,7 +17,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from gdn_mup.corpus.config import CorpusSettings
 from gdn_mup.errors import UserError
 from gdn_mup.model.config import GrowthMode, InitName, KernelScale, ModelSettings, model_shape
-from gdn_mup.settings import Settings
+from gdn_mup.settings import LARGEST_COUNT, Octaves, Seed, Settings, Size
 from gdn_mup.training.config import Clipping, OptimizerName, TrainingSettings
 
 RuleSetName = Literal["sp", "mup", "liu_gu", "gdn_mup"]
@@ -34,9 +35,9 @@ SECTIONS = {
 class LearningRateGrid(Settings):
     """Learning rates 2^first, 2^(first + step), …, 2^last."""
 
-    log2_first: float = Field(description="log₂ of the smallest learning rate.")
-    log2_last: float = Field(description="log₂ of the largest learning rate.")
-    log2_step: float = Field(1.0, gt=0, description="Octaves between neighbours.")
+    log2_first: Octaves = Field(description="log₂ of the smallest learning rate.")
+    log2_last: Octaves = Field(description="log₂ of the largest learning rate.")
+    log2_step: float = Field(1.0, ge=0.01, description="Octaves between neighbours.")
 
     @model_validator(mode="after")
     def _increasing(self) -> Self:
@@ -57,15 +58,15 @@ class Experiment(Settings):
     growth: GrowthMode = Field(description="What grows with width: the number of heads, or K and V of a head.")
     optimizer: OptimizerName = Field(description="AdamW, or SGD with Nesterov momentum.")
     rules: tuple[RuleSetName, ...] = Field(min_length=1, description="Rule sets, trained side by side.")
-    widths: tuple[int, ...] = Field(min_length=1, description="Ascending; the base width among them.")
-    seeds: tuple[int, ...] = Field(min_length=1, description="A seed sets the init and the order of the data.")
+    widths: tuple[Size, ...] = Field(min_length=1, description="Ascending; the base width among them.")
+    seeds: tuple[Seed, ...] = Field(min_length=1, description="A seed sets the init and the order of the data.")
     training: dict[str, Any] = Field({}, description="Keys of `training` that this experiment overrides.")
 
     @field_validator("widths")
     @classmethod
     def _ascending(cls, widths: tuple[int, ...]) -> tuple[int, ...]:
-        if list(widths) != sorted(set(widths)) or widths[0] <= 0:
-            raise ValueError(f"widths must be positive and ascending, not {list(widths)}")
+        if list(widths) != sorted(set(widths)):
+            raise ValueError(f"widths must be ascending, not {list(widths)}")
         return widths
 
     @field_validator("rules", "seeds")
@@ -106,12 +107,15 @@ class ClippingCheck(Sweep):
         return training
 
 
+StepsDone = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
+
+
 class Measurement(Experiment):
     """What is measured on a probe batch, at chosen steps of a short training."""
 
-    learning_rate: float = Field(gt=0, description="At the base width; constant over the steps.")
-    steps: tuple[int, ...] = Field((0, 1, 2, 4, 8), min_length=1, description="Updates done when measured.")
-    probe_sequences: int = Field(4, gt=0, description="Sequences in the fixed probe batch.")
+    learning_rate: float = Field(gt=0, le=1e30, description="At the base width; constant over the steps.")
+    steps: tuple[StepsDone, ...] = Field((0, 1, 2, 4, 8), min_length=1, description="Updates done when measured.")
+    probe_sequences: Size = Field(4, description="Sequences in the fixed probe batch.")
 
     @field_validator("steps")
     @classmethod
@@ -129,7 +133,7 @@ class MultiplierCheck(Measurement):
     """The model with and without a multiplier √width on the delta rule's output before its RMSNorm."""
 
     optimizer: OptimizerName = Field("adamw", description="AdamW, or SGD with Nesterov momentum.")
-    steps: tuple[int, ...] = Field((0, 4), min_length=1, description="Updates done when measured.")
+    steps: tuple[StepsDone, ...] = Field((0, 4), min_length=1, description="Updates done when measured.")
     epsilons: tuple[float, ...] = Field(
         (0.0, 1e-6, 1e-5), min_length=1, description="ε of every RMSNorm, each in a training of its own; 0 is allowed."
     )
@@ -157,7 +161,7 @@ class MultiplierCheck(Measurement):
         return values
 
 
-Log2Range = tuple[float, float]
+Log2Range = tuple[Octaves, Octaves]
 
 
 class Log2Ranges(Settings):
@@ -196,7 +200,9 @@ class Tuning(Experiment):
 
     rules: tuple[RuleSetName, ...] = Field(("gdn_mup",), min_length=1, description="Rule sets, trained side by side.")
     learning_rates: LearningRateGrid
-    trials: int = Field(16, gt=1, description="Sets of multipliers; in trial 0 all are 1, the others are drawn.")
+    trials: int = Field(
+        16, gt=1, le=10_000, description="Sets of multipliers; in trial 0 all are 1, the others are drawn."
+    )
     search_seed: int = Field(0, description="Seed of the draws; the number of trials does not change them.")
     log2_ranges: Log2Ranges = Log2Ranges()
 
@@ -355,7 +361,7 @@ def load_study(path: Path | str) -> Study:
         raise UserError(f"{path}: no such study file; there are: {', '.join(others) or 'none'}")
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or no such date
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: a study file is a mapping of sections, not {type(raw).__name__}")
@@ -369,10 +375,11 @@ def _first_problem(error: ValidationError) -> str:
     """Pydantic's first complaint as one line: key, value, and what is allowed."""
     problem = error.errors()[0]
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]).lstrip(".")
+    key = key if key.isprintable() else repr(key)
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if problem["type"] == "extra_forbidden":
         return f"{key}: unknown key; config/README.md lists the known ones{more}"
     message = problem["msg"].removeprefix("Value error, ")
     if not key or problem["type"] == "value_error" or problem["type"] == "missing":
         return f"{key}: {message}{more}".removeprefix(": ")
-    return f"{key}: {problem['input']!r}: {message}{more}"
+    return f"{key}: {reprlib.repr(problem['input'])}: {message}{more}"

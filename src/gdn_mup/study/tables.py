@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from gdn_mup.files import replacing
 from gdn_mup.scaling.growth import Growth, Part
 from gdn_mup.scaling.rules import RULE_SETS
 from gdn_mup.study.claims import Evidence, verdict_table
-from gdn_mup.study.files import replacing
 from gdn_mup.study.optimum import Slope, signed, transfers
 from gdn_mup.study.titles import GROWTH_TITLES, NOT_REPORTED, OPTIMIZER_TITLES, RULE_TITLES, with_unit
 from gdn_mup.study.width_fit import Metric, asymptotic_loss_penalty, fit_error, robustness_exponent

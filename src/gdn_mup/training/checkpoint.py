@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import logging
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from gdn_mup.files import naming
 
 log = logging.getLogger(__name__)
 
@@ -30,17 +33,20 @@ class Position(NamedTuple):
 
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], settings_hash: str, position: Position) -> None:
-    """Replace the checkpoint at `path`; a reader sees the old one or the new one, never half of one."""
+    """Replace the checkpoint at `path`; a reader sees the old one or the new one, never half of one. Raises OSError."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"settings_hash": settings_hash, "digest": _digest(tensors)}
     metadata |= {name: str(number) for name, number in position._asdict().items()}
     partial = _partial(path)
-    partial.mkdir(parents=True, exist_ok=True)
-    try:
-        save_file(tensors, partial / path.name, metadata)
-        os.replace(partial / path.name, path)
-    finally:
-        shutil.rmtree(partial)
+    with naming(path):
+        partial.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file(tensors, partial / path.name, metadata)
+            os.replace(partial / path.name, path)
+        except SafetensorError as error:
+            raise _as_os_error(error) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def load_checkpoint(path: Path, settings_hash: str) -> tuple[dict[str, Tensor], Position] | None:
@@ -67,6 +73,12 @@ def load_checkpoint(path: Path, settings_hash: str) -> tuple[dict[str, Tensor], 
         log.warning("%s: checkpoint refused: %s; set aside as %s; starting afresh", path, error, _set_aside(path).name)
         return None
     return tensors, position
+
+
+def _as_os_error(error: SafetensorError) -> Exception:
+    """What the disk said, which safetensors tells in words alone: `I/O error: No space left (os error 28)`."""
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else error
 
 
 def _partial(path: Path) -> Path:

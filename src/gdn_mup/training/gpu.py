@@ -16,7 +16,7 @@ from gdn_mup.kernels.optimizer import adamw_step, gradient_norms, parameter_inde
 from gdn_mup.measurement.evaluation import held_out_losses
 from gdn_mup.model.config import ModelSettings
 from gdn_mup.model.fused_operations import FusedOperations
-from gdn_mup.model.kernels import check_delta_rule
+from gdn_mup.model.kernels import check_delta_rule, check_head_dim
 from gdn_mup.model.language_model import LanguageModel
 from gdn_mup.scaling.apply import ModelScaling
 from gdn_mup.training.config import OptimizerName, TrainingSettings
@@ -158,6 +158,7 @@ class GpuTrainer(Trainer):
         norm_weights: Mapping[str, Tensor],
     ) -> FusedOptimizer:
         shape = self.model.shape
+        check_head_dim(shape.width, shape.head_dim)
         check_delta_rule(shape.head_dim, shape.value_head_dim, self.device)
         operations = FusedOperations(self.model)
         self.model.operations = operations

@@ -22,13 +22,16 @@ def members_that_fit(
     """The largest group of `members` that the current GPU holds, as groups of one and of two predict it; at least 1.
 
     `batches` [count, B, T + 1] are those of the held-out losses. Groups come out equal: three groups of seven rather
-    than nine, nine and three.
+    than nine, nine and three. Where not even one member fits, training it will say so.
     """
     if len(members) < 3:
         return len(members)
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
-    one, two = (_peak(make_trainer, members[:count], batches) for count in (1, 2))
+    try:
+        one, two = (_peak(make_trainer, members[:count], batches) for count in (1, 2))
+    except torch.OutOfMemoryError:
+        return 1
     each = max(two - one, 1)
     fit = max(1, min(len(members), int((SHARE * free - (one - each)) / each)))
     groups = -(-len(members) // fit)

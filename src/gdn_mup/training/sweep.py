@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from gdn_mup.corpus.tokens import TokenFile
-from gdn_mup.errors import Interrupted, UserError
+from gdn_mup.errors import Interrupted, MachineError, UserError
+from gdn_mup.interrupt import noted_signals
 from gdn_mup.measurement.evaluation import held_out_losses
 from gdn_mup.model.config import GrowthMode, ModelSettings, ModelShape, model_shape
 from gdn_mup.model.language_model import LanguageModel, initialize, multiplied, parameter_table
@@ -28,7 +29,6 @@ from gdn_mup.training.checkpoint import Position, load_checkpoint, save_checkpoi
 from gdn_mup.training.clipping import norm_weights
 from gdn_mup.training.config import Clipping, OptimizerName, TrainingSettings
 from gdn_mup.training.energy import NOTHING, Meter, Spent
-from gdn_mup.training.interrupt import noted_signals
 from gdn_mup.training.optimizers import MemberOptimizer, Optimizer
 from gdn_mup.training.schedule import learning_rate_factor
 
@@ -204,7 +204,6 @@ def train(
     *,
     checkpoint: Path | None = None,
     settings_hash: str = "",
-    keep_checkpoint: bool = False,
     checkpoint_seconds: float = 120.0,
     device: torch.device | str = "cpu",
     report: Report = silent,
@@ -223,15 +222,17 @@ def train(
         width: that of the members, for messages.
         training: their settings.
         validation: tokens of the held-out losses.
-        checkpoint: written every `checkpoint_seconds`, and removed when training is complete.
+        checkpoint: written every `checkpoint_seconds`, and when training is complete: from that one the curves come
+            at once. The caller removes it when the curves are safe.
         settings_hash: which settings the checkpoint belongs to.
-        keep_checkpoint: leave a last one instead, from which the curves come at once, for the caller to remove.
         device: whose energy is measured: that of the trainers.
         report: called with the updates done, counted over all members, at most every `report_seconds`, since
             a GPU is waited for each time, and after the last step of a group.
 
     Raises:
-        UserError: a single member does not fit in the device's memory.
+        UserError: a loss or gradient is not finite before the first update.
+        MachineError: a single member does not fit in the device's memory.
+        OSError: the checkpoint cannot be written.
         Interrupted: SIGTERM or SIGINT came; a checkpoint was written first.
     """
     held_out = torch.from_numpy(
@@ -283,6 +284,9 @@ def train(
                 own["val_loss"][:, evaluation_step.index(step)] = held_out_losses(trainer.model, batches)
             losses, norms = trainer.step(step, learning_rate_factor(step, training))
             own["train_loss"][:, step], own["grad_norm"][:, step] = losses, norms
+            if step == 0:
+                finite = torch.stack([curve[:, 0] for curve in own.values()]).isfinite().all(0)
+                check_untrained(group, finite, width)
             updates += len(group)
             now = time.monotonic()
             if now - last_reported >= report_seconds or step + 1 == training.steps:
@@ -309,7 +313,7 @@ def train(
             except torch.OutOfMemoryError:
                 size = min(position.group_size, len(members) - trained)
                 if size == 1:
-                    raise UserError(
+                    raise MachineError(
                         f"width {width}: a single member does not fit in the device's memory with training.batch_size "
                         f"{training.batch_size}; make batch_size smaller or use a device with more memory"
                     ) from None
@@ -319,10 +323,10 @@ def train(
             # What the group leaves goes back to the device before the next one asks for memory.
             gc.collect()
             torch.cuda.empty_cache()
-    if checkpoint and keep_checkpoint:
-        save(position, {})
-    elif checkpoint:
-        checkpoint.unlink(missing_ok=True)
+        if checkpoint and updates:
+            save(position, {})
+        if signal_name := signal_came():  # too late for a step to see it
+            raise Interrupted(signal_name, checkpoint)
 
     # From its first loss that is not finite a member has no losses any more, whatever its arithmetic gives.
     alive = curves["train_loss"].isfinite().cumprod(1).bool()
@@ -341,6 +345,17 @@ def train(
         spent=meter.read(),
         evaluated_tokens=len(evaluation_step) * held_out[..., 1:].numel(),
     )
+
+
+def check_untrained(members: Sequence[Member], finite: Tensor, width: int) -> None:
+    """Raises UserError where `finite` [M] is false of a member that no learning rate has touched yet."""
+    if not finite.all():
+        member = members[int((~finite).nonzero()[0, 0])]
+        trial = f", trial {member.trial}" if member.trial else ""
+        raise UserError(
+            f"width {width}: rule set {member.rules}{trial}: the model is not finite before the first update, so that "
+            "no learning rate is to blame; make model.initial_scale smaller, or model.norm_epsilon larger"
+        )
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

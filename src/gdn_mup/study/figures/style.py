@@ -20,7 +20,7 @@ from matplotlib.gridspec import SubplotSpec
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MultipleLocator, NullLocator
 
-from gdn_mup.study.files import replacing
+from gdn_mup.files import replacing
 from gdn_mup.study.titles import RULE_TITLES
 
 COLUMN_WIDTH = 3.4  # inches: one column of a two-column page
