@@ -1,14 +1,18 @@
 """Source `pypi`: pinned wheels, fetched by pip from a folder here, become text; near-duplicates go."""
 
 import hashlib
+import http.server
 import json
+import os
 import random
+import threading
 import zipfile
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from reliability import is_said_as
 from workflow_copy import ROOT, WorkflowCopy
 
 from gdn_mup.corpus import pypi
@@ -19,7 +23,7 @@ from gdn_mup.corpus.near_duplicates import drop_near_duplicates
 from gdn_mup.corpus.pypi import fetch, package_texts, read_pins
 from gdn_mup.corpus.sources import select
 from gdn_mup.corpus.tokens import TokenFile
-from gdn_mup.errors import UserError
+from gdn_mup.errors import MachineError, UserError
 
 HASH = "0" * 64
 
@@ -140,11 +144,54 @@ def test_a_download_that_breaks_off_is_tried_again(
     assert next(outcomes, None) is None
 
     monkeypatch.setattr(pypi, "_pip_download", lambda pin, folder: "noise\nERROR: Connection broken\n")
-    assert failure(requirements, tmp_path / "others") == (
-        f"{requirements}: one==1.0: pip cannot fetch it (Connection broken); check the network and pip's settings "
-        f"(`pip config list`), or put the pinned wheel into {tmp_path / 'others'}"
-    )
+    with pytest.raises(MachineError) as caught:
+        fetch(requirements, tmp_path / "others")
+    is_said_as(caught.value, "a download that breaks off")
+    assert "(Connection broken)" in str(caught.value)
     assert list((tmp_path / "others").iterdir()) == []
+
+
+def test_a_download_that_really_breaks_off(tmp_path: Path, index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a server that closes its connections half-way, and then no more; what is whole is not fetched again."""
+    requirements, downloads = tmp_path / "pins.txt", tmp_path / "downloads"
+    requirements.write_text(
+        make_wheel(index, "one", {"one.py": b"1"}) + make_wheel(index, "two", {"two.py": random.randbytes(100_000)})
+    )
+    asked: list[str] = []
+    broken = True
+
+    class Server(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            wheel = index / Path(self.path).name
+            asked.append(wheel.name)
+            name = f"{wheel.name}-1.0-py3-none-any.whl"
+            data = wheel.read_bytes() if wheel.is_file() else f'<a href="/{name}">{name}</a>'.encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html" if data.startswith(b"<") else "application/zip")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            breaks = broken and wheel.name.startswith("two-")
+            self.wfile.write(data[: 20_000 + len(asked)] if breaks else data)
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for name in ("PIP_NO_INDEX", "PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL"):
+            monkeypatch.delenv(name, raising=False)
+        settings = {"PIP_INDEX_URL": f"http://127.0.0.1:{server.server_port}", "PIP_RETRIES": "0"}
+        for name, value in (settings | {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_CACHE_DIR": "1"}).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(MachineError) as caught:
+            fetch(requirements, downloads)
+        is_said_as(caught.value, "a download that breaks off")
+        assert [path.name for path in downloads.iterdir()] == ["one-1.0-py3-none-any.whl"]
+        asked.clear()
+        broken = False
+        assert len(fetch(requirements, downloads)) == 2
+        assert not any(name.startswith("one") for name in asked)
+        server.shutdown()
 
 
 def test_messages_about_wheels_that_are_not_the_pinned_ones(tmp_path: Path, index: Path) -> None:
@@ -152,9 +199,10 @@ def test_messages_about_wheels_that_are_not_the_pinned_ones(tmp_path: Path, inde
     pin = make_wheel(index, "one", {"one.py": b"1"})
     requirements.write_text(pin[:-65] + HASH)
     actual = pin.strip().rpartition(":")[2]
-    assert failure(requirements, tmp_path / "downloads").startswith(
-        f"{requirements}: one==1.0: the index serves another file than the pinned one (sha256 {HASH}, got {actual}); "
-    )
+    with pytest.raises(UserError) as caught:
+        fetch(requirements, tmp_path / "downloads")
+    is_said_as(caught.value, "another file than the pinned one")
+    assert f"(sha256 {HASH}, got {actual})" in str(caught.value)
     requirements.write_text(f"absent==1.0 --hash=sha256:{HASH}")
     text = failure(requirements, tmp_path / "downloads")
     assert "absent==1.0: pip cannot fetch it (Could not find a version that satisfies" in text

@@ -1,15 +1,22 @@
 """Study files: what they ask for, and what is said when they are wrong."""
 
+import functools
+import json
 import math
+import operator
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from workflow_copy import ROOT
 
 from gdn_mup.errors import UserError
 from gdn_mup.model.config import model_shape
-from gdn_mup.study.plan import SECTIONS, LearningRateGrid, Log2Ranges, load_study, settings_hash
+from gdn_mup.study.plan import SECTIONS, LearningRateGrid, Log2Ranges, Sweep, Tuning, load_study, settings_hash
 
 STUDIES = sorted((ROOT / "config/studies").glob("*.yaml"))
 SMOKE = ROOT / "config/studies/smoke.yaml"
@@ -110,6 +117,79 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, case: str) -> None:
     message = str(error.value)
     assert message.startswith(f"{path}: {expected}"), message
     assert "\n" not in message
+
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.dates()
+extremes = st.sampled_from(
+    [-(10**400), -1, 0, 1, 10**12, 10**400, math.inf, -math.inf, math.nan, 1e308, 5e-324, "\n", ""]
+)
+values = st.recursive(
+    scalars | extremes,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5) | scalars, inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def paths(raw: object, here: tuple[object, ...] = ()) -> Iterator[tuple[object, ...]]:
+    """Where every value of a study lies, lists and sections too."""
+    inner = raw.items() if isinstance(raw, dict) else enumerate(raw) if isinstance(raw, list) else ()
+    for key, value in inner:
+        yield (*here, key)
+        yield from paths(value, (*here, key))
+
+
+@st.composite
+def spoilt_studies(draw: st.DrawFn) -> object:
+    """The study `smoke` with every key written out, one to three values replaced or keys added anywhere in it."""
+    raw = load_study(SMOKE).model_dump(mode="json")
+    for _ in range(draw(st.integers(1, 3))):
+        *outer, key = draw(st.sampled_from(list(paths(raw))))
+        here = functools.reduce(operator.getitem, outer, raw)
+        if isinstance(here, dict) and draw(st.integers(0, 9)) == 0:
+            key = draw(st.text(max_size=8))
+        here[key] = draw(extremes | values)
+    return raw
+
+
+def check_plan_or_one_line(path: Path) -> None:
+    """Either every job of the study can be planned, with numbers that float32 holds, or the study is refused."""
+    try:
+        study = load_study(path)
+    except UserError as error:
+        message = str(error)
+        assert message.startswith(f"{path}: ") and message.isprintable() and len(message) < 1000, message
+        return
+    for kind in SECTIONS:
+        for job in study.jobs(kind):
+            experiment = study.experiment_of(job)
+            assert len(settings_hash(study.settings_of(job))) == 12
+            json.dumps(study.settings_of(job), allow_nan=False)  # as its file keeps them
+            assert min(model_shape(study.model, job.width, job.growth, study.corpus.vocabulary_size)[:-1]) > 0
+            assert study.training_of(experiment).steps > 0
+            if isinstance(experiment, Sweep | Tuning):
+                assert np.isfinite(np.float32(experiment.learning_rates.values)).all()
+            if isinstance(experiment, Tuning):
+                drawn = [list(multipliers.values()) for multipliers in experiment.multipliers]
+                assert np.isfinite(np.float32(drawn)).all()
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(spoilt_studies())
+def test_whatever_a_study_file_says_is_planned_or_refused_in_one_line(tmp_path: Path, raw: object) -> None:
+    """Row "a value that makes no sense" of docs/reliability.md."""
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(raw))
+    check_plan_or_one_line(tmp_path / "study.yaml")
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(max_size=60) | st.text("[]{}:,-#&*!|>'\"%@`?\n 0123456789.eabx_", max_size=60).map(str.encode))
+@example(b"a: " + b"[" * 20_000)
+@example(b"a: 2020-13-45")
+@example(b"a: " + b"9" * 5000)
+@example(b"a: &a [*a]")
+def test_whatever_a_study_file_is_it_is_refused_in_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "study.yaml").write_bytes(content)
+    check_plan_or_one_line(tmp_path / "study.yaml")
 
 
 def test_a_missing_study_names_those_that_exist() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import xarray as xr
 import yaml
+from reliability import ends_as
 from workflow_copy import LONG_ENOUGH_TO_KILL, ROOT, WorkflowCopy
 
 from gdn_mup.errors import EXIT_INTERRUPTED
@@ -20,20 +21,27 @@ KILLS = 10
 WORKFLOW_KILLS = 3
 SECONDS_TO_END = 10.0
 
+EXPERIMENT = LONG_ENOUGH_TO_KILL["sweeps"][0]
+STUDY = LONG_ENOUGH_TO_KILL | {
+    "tunings": [EXPERIMENT | {"trials": 2, "rules": ["gdn_mup"]}],
+    "clipping_checks": [EXPERIMENT | {"clippings": ["none", "global_norm"], "rules": ["gdn_mup"]}],
+}
+KINDS = {"sweep": "lr_sweep", "tune": "tuning", "clipping": "clipping"}
+
 
 class Job:
-    """The sweep of width 32, as a process that can be started again and again."""
+    """The job of width 32 of a command, as a process that can be started again and again."""
 
-    def __init__(self, folder: Path, corpus: Path) -> None:
+    def __init__(self, folder: Path, corpus: Path, command: str = "sweep") -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        self.command = command
         self.study, self.corpus, self.output = folder / "study.yaml", corpus, folder / "job.nc"
-        self.checkpoint = folder / ".job.nc.checkpoint"
-        self.study.write_text(yaml.safe_dump(LONG_ENOUGH_TO_KILL))
+        self.study.write_text(yaml.safe_dump(STUDY))
 
     def start(self, checkpoint_seconds: float = 0.0) -> subprocess.Popen[str]:
         options = ["--growth", "heads", "--optimizer", "adamw", "--width", "32", "--seed", "0", "--threads", "1"]
         files = ["--study", self.study, "--corpus", self.corpus, "--output", self.output]
-        command = [sys.executable, "-m", "gdn_mup", "sweep", *options, *files, "--device", "cpu"]
+        command = [sys.executable, "-m", "gdn_mup", self.command, *options, *files, "--device", "cpu"]
         command += ["--checkpoint-seconds", checkpoint_seconds]
         return subprocess.Popen([*map(str, command)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
@@ -46,17 +54,15 @@ class Job:
         return process
 
     def written(self) -> int:
-        try:
-            return self.checkpoint.stat().st_mtime_ns
-        except FileNotFoundError:
-            return 0
+        """When the last checkpoint was written; a clipping check has several."""
+        return max((path.stat().st_mtime_ns for path in self.output.parent.glob(".job.nc*.checkpoint")), default=0)
 
     def finish(self) -> xr.Dataset:
         process = self.start(checkpoint_seconds=120.0)
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
         assert sorted(path.name for path in self.output.parent.iterdir()) == ["job.nc", "study.yaml"]
-        return open_job(self.output, "lr_sweep").drop_vars("seconds")
+        return open_job(self.output, KINDS[self.command]).drop_vars("seconds").drop_attrs()  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +91,20 @@ def test_a_job_killed_at_ten_moments_gives_the_same_bits(tmp_path: Path, corpus:
         assert process.poll() is None, "trained to the end before it could be killed: the study is too short"
         process.kill()
         process.communicate()
-    xr.testing.assert_identical(job.finish().drop_attrs(), undisturbed.drop_attrs())
+    xr.testing.assert_identical(job.finish(), undisturbed)
+
+
+@pytest.mark.parametrize("command", ["tune", "clipping"])
+def test_other_jobs_that_are_killed_give_the_same_bits(tmp_path: Path, corpus: Path, command: str) -> None:
+    moments = random.Random(2)
+    job = Job(tmp_path / "job", corpus, command)
+    for _ in range(3):
+        process = job.start_training()
+        time.sleep(moments.uniform(0, 1.0))
+        assert process.poll() is None, "trained to the end before it could be killed: the study is too short"
+        process.kill()
+        process.communicate()
+    xr.testing.assert_identical(job.finish(), Job(tmp_path / "undisturbed", corpus, command).finish())
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
@@ -99,11 +118,11 @@ def test_a_job_asked_to_end_saves_and_says_how_to_go_on(
     process.send_signal(getattr(signal, name))
     _, errors = process.communicate(timeout=60)
     assert time.monotonic() - asked < SECONDS_TO_END
-    assert process.returncode == EXIT_INTERRUPTED, errors
-    assert job.written() > before
-    assert errors.splitlines()[-1] == f"ended by {name}; run the same command again to go on from {job.checkpoint}"
-    assert "Traceback" not in errors and not job.output.exists()
-    xr.testing.assert_identical(job.finish().drop_attrs(), undisturbed.drop_attrs())
+    ends_as(subprocess.CompletedProcess([], process.returncode, "", errors), "SIGTERM or SIGINT while a job trains")
+    assert process.returncode == EXIT_INTERRUPTED
+    assert job.written() > before and not job.output.exists()
+    assert errors.splitlines()[-1].startswith(f"ended by {name}; ") and ".job.nc.checkpoint" in errors
+    xr.testing.assert_identical(job.finish(), undisturbed)
 
 
 @pytest.mark.workflow

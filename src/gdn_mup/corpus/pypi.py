@@ -118,25 +118,31 @@ def fetch(requirements: Path, directory: Path) -> list[Wheel]:
 
 def _download(pin: Pin, requirements: Path, directory: Path) -> Path:
     """Let pip fetch one wheel, into a folder of its own, so that `directory` only ever holds whole ones."""
+    others: set[str] = set()  # hashes of what arrived instead
     for attempt in range(1, ATTEMPTS + 1):
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=directory) as partial:
             output = _pip_download(pin, Path(partial))
             found = list(Path(partial).glob("*.whl"))
             if found:
                 return found[0].rename(directory / found[0].name)
-        if "DO NOT MATCH THE HASHES" in output:
-            got = re.search(r"Got\s+([0-9a-f]{64})", output)
-            raise UserError(
-                f"{requirements}: {pin}: the index serves another file than the pinned one (sha256 {pin.sha256}"
-                f"{f', got {got[1]}' if got else ''}); pin a wheel that it has, or use another index"
-            )
+        # Older versions of pip take a download that broke off for another file; but it breaks off where it will.
+        if got := re.search(r"Got\s+([0-9a-f]{64})", output):
+            if got[1] in others:
+                raise UserError(
+                    f"{requirements}: {pin}: the index serves another file than the pinned one (sha256 {pin.sha256}, "
+                    f"got {got[1]}); pin a wheel that it has, or use another index"
+                )
+            others.add(got[1])
         if "No matching distribution" in output:  # pip has tried again by itself where the index did not answer
             break
         if attempt < ATTEMPTS:
             logger.info("%s: pip failed; trying again", pin)
             time.sleep(attempt)
     reasons = (
-        [line for line in output.splitlines() if line.startswith("ERROR:")] or output.splitlines() or ["no output"]
+        ["it breaks off, each time elsewhere"] * bool(others)
+        or [line for line in output.splitlines() if line.startswith("ERROR:")]
+        or output.splitlines()
+        or ["no output"]
     )
     raise MachineError(
         f"{requirements}: {pin}: pip cannot fetch it ({reasons[0].removeprefix('ERROR:').strip()}); check the network "
