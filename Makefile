@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 SHELL := /bin/bash
 INSTALLED := .venv/.installed
 
-.PHONY: help reproduce environment test publish lint format reference lock clean-study
+.PHONY: help reproduce environment test docs publish lint format reference lock clean-study
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make reproduce STUDY=smoke  the same for another study in config/studies/"
 	@echo "make test                   every test, and the checks of 'make lint'"
 	@echo "make lint                   ruff, mypy, snakefmt, snakemake --lint; notebooks without outputs"
+	@echo "make docs                   the documentation, in site/index.html"
 	@echo "make format                 let ruff, snakefmt and nbstripout repair what 'make lint' would complain about"
 	@echo "make environment            .venv with exactly the packages of requirements.lock"
 	@echo "make reference              write the references of keys and datasets, and the JSON schema, again"
@@ -70,6 +71,11 @@ lint: environment
 	snakefmt --check Snakefile workflow
 	snakemake --lint
 	nbstripout --verify notebooks/*.ipynb
+
+docs: environment
+	mkdocs build --strict
+	@echo
+	@echo "Open site/index.html in a browser."
 
 format: environment
 	ruff check --fix

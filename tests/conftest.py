@@ -1,6 +1,7 @@
 """Fixtures that several rooms share."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,34 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> WorkflowCopy:
     logs = "\n".join(path.read_text() for path in Path(copy.folder).glob("results/smoke/logs/**/*.log"))
     assert run.returncode == 0, run.stdout + logs
     return copy
+
+
+BROWSER_FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--window-size=1400,1000",
+    "--host-resolver-rules=MAP * ~NOTFOUND",  # self-contained: nothing may come from elsewhere
+)
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory):
+    """Headless Chromium without a network."""
+    from selenium import webdriver
+
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("needs chromium and chromedriver (Debian, Ubuntu: apt install chromium chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in (*BROWSER_FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
+        options.add_argument(flag)
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield browser
+    browser.quit()

@@ -18,7 +18,8 @@ def gate_and_state(log_alpha: Tensor, beta: Tensor, state: Tensor, tokens: int) 
     """Summaries over the tokens and heads of one layer, by member.
 
     Args:
-        log_alpha, beta: gates [M, B·T, H], the first as ln α.
+        log_alpha: ln α, the log of the decay gate, [M, B·T, H].
+        beta: the writing gate, [M, B·T, H].
         state: S at the end of each sequence, [M, B, H, K, V].
         tokens: T, of a sequence.
 

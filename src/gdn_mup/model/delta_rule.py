@@ -83,7 +83,8 @@ def gated_delta_rule(
     outputs and gradients bit-identical.
 
     Args:
-        q, k: queries and keys ``[N, T, K]``. Keys are used as they are; the rule is stable for ``β |k|² ≤ 2``.
+        q: queries ``[N, T, K]``.
+        k: keys ``[N, T, K]``, used as they are; the rule is stable for ``β |k|² ≤ 2``.
         v: values ``[N, T, V]``.
         log_decay: natural logarithm of the decay, finite and ``≤ 0``, ``[N, T]``.
         beta: write strength, ``[N, T]``.

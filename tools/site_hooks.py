@@ -1,0 +1,205 @@
+"""Tables and formulae of the site, made while mkdocs builds it.
+
+`{{ name argument … }}` in a page becomes what the function `name` of `PARTS` returns: tables come from the rule
+sets, predictions and claims that the package itself uses, so that a page cannot say anything else. TeX between dollar
+signs becomes a drawing (SVG), which needs no script, and no font of the reader's: without a font for mathematics,
+browsers set MathML's indices on the line.
+"""
+
+import html
+import re
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import typer.main
+from jinja2 import Template
+from mkdocs.exceptions import PluginError
+from ziamath import Latex, config
+
+from gdn_mup.cli import app
+from gdn_mup.scaling.exponents import OUTSIDE_BLOCKS, predict
+from gdn_mup.scaling.growth import Axes
+from gdn_mup.scaling.rules import RULE_SETS, Power
+from gdn_mup.study.claims import CLAIMS
+from gdn_mup.study.reference import markdown_reference
+from gdn_mup.study.tables import printed_scaling_rules, scaling_rules
+from gdn_mup.study.titles import RULE_TITLES
+
+FONT_SIZE = 16.0  # only proportions matter: drawings are scaled with the text
+config.svg2 = False  # no ids, which would be there several times on a page
+RAISED = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹ᐟ", "−0123456789/")
+
+
+def on_page_markdown(markdown: str, page, **_) -> str:
+    """Put the generated parts where the page asks for them."""
+
+    def part(request: re.Match[str]) -> str:
+        name, *arguments = request[1].split()
+        if name == "output":
+            return output_of(page.file.src_path, markdown[: request.start()])
+        if name not in PARTS:
+            raise PluginError(f"{page.file.src_path}: no part {name!r}; there are: {', '.join(PARTS)}")
+        return PARTS[name](*arguments)
+
+    return re.sub(r"\{\{ (.+?) \}\}", part, markdown)
+
+
+def on_page_content(content: str, **_) -> str:
+    """TeX as drawings, as large and as dark as the text around them."""
+
+    def formula(found: re.Match[str]) -> str:
+        block, tex = found[1] == "div", html.unescape(found[2])
+        drawing = Latex(tex, size=FONT_SIZE, inline=not block, color="currentColor")
+        svg = re.sub(
+            r'(width|height)="([\d.]+)"',
+            lambda size: f'{size[1]}="{float(size[2]) / FONT_SIZE:.3f}em"',
+            drawing.svg(),
+            count=2,
+        )
+        style = f"vertical-align: {drawing.getyofst() / FONT_SIZE:.3f}em"
+        svg = svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(tex)}" style="{style}"', 1)
+        return f'<div class="formula">{svg}</div>' if block else svg
+
+    return re.sub(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', formula, content, flags=re.DOTALL)
+
+
+def markdown_table(table: pd.DataFrame) -> str:
+    """A table whose exponents are set as such."""
+    text = table.astype(str).to_markdown(index=False, disable_numparse=True)
+    return re.sub("[⁻⁰¹²³⁴⁵⁶⁷⁸⁹ᐟ]+", lambda raised: f"<sup>{raised[0].translate(RAISED)}</sup>", text)
+
+
+def rule_set(name: str) -> str:
+    """The rows of a rule set, as powers of the growth of fan-in, fan-out and width."""
+    rules = RULE_SETS[name]
+    by = "axes that grow" if Axes.BOTH in rules.rows else "parameters"
+    rows = []
+    for key, row in rules.rows.items():
+        decays = Power(*(-exponent for exponent in row.adamw_learning_rate)) if rules.keeps_decay else Power()
+        rows.append(
+            {
+                by: key.value,
+                "init std": power(row.init_std),
+                "AdamW LR": power(row.adamw_learning_rate),
+                "SGD LR": power(row.sgd_learning_rate),
+                "AdamW ε": power(row.adamw_epsilon),
+                "AdamW weight decay": power(decays),
+            }
+        )
+    return markdown_table(pd.DataFrame(rows))
+
+
+def power(exponents: Power) -> str:
+    """`r_out / r_in`, in HTML."""
+    names = ("r<sub>in</sub>", "r<sub>out</sub>", "m")
+    factors = [(name, exponent) for name, exponent in zip(names, exponents, strict=True) if exponent]
+    words = {0.5: "√{}", 1.0: "{}"}
+    above = [words[exponent].format(name) for name, exponent in factors if exponent > 0]
+    below = [words[-exponent].format(name) for name, exponent in factors if exponent < 0]
+    return " ".join(above or ["1"]) + "".join(f" / {word}" for word in below)
+
+
+def all_rules() -> str:
+    """Every rule set and the paper's own rules, side by side."""
+    return markdown_table(printed_scaling_rules(scaling_rules()))
+
+
+def differences(other: str) -> str:
+    """Inits and learning rates that a rule set multiplies otherwise than `gdn_mup`."""
+    table = scaling_rules()
+    uniform = table.multiplier.isin(["adamw_epsilon", "adamw_weight_decay", "output"])
+    table = table[(table[other] != table.gdn_mup) & ~uniform]
+    printed = printed_scaling_rules(table)
+    return markdown_table(
+        printed[["parameters", "multiplier", "growth by", RULE_TITLES[other], RULE_TITLES["gdn_mup"]]]
+    )
+
+
+QUANTITIES = {
+    "alpha_preactivation": "W_a x + dt_bias",
+    "beta_preactivation": "W_b x",
+    "state": "state S",
+    "o": "o = S q",
+    "mixer_output": "the mixer's output",
+    "mlp_output": "the MLP's output",
+    "residual": "residual stream",
+    "logits": "logits",
+}
+
+
+def exponents(optimizer: str, growth: str) -> str:
+    """Predicted width exponents under `gdn_mup` at init, and of the first change under every rule set."""
+    found = {name: predict(name, optimizer, growth) for name in RULE_SETS}
+    rows = []
+    for name, title in QUANTITIES.items():
+        key = (name, OUTSIDE_BLOCKS if name == "logits" else 1)
+        changes = {f"change, {RULE_TITLES[rules]}": signed(found[rules].change[key]) for rules in RULE_SETS}
+        rows.append(
+            {"array": title, f"at init, {RULE_TITLES['gdn_mup']}": signed(found["gdn_mup"].rms[key]), **changes}
+        )
+    return markdown_table(pd.DataFrame(rows))
+
+
+def signed(exponent: float) -> str:
+    """`−½` is printed −0.5, nothing grows or falls is 0."""
+    return f"{exponent:+.3g}".replace("-", "−") if exponent else "0"
+
+
+def claims() -> str:
+    """Every claim and how it is decided."""
+    return markdown_table(
+        pd.DataFrame([{"": claim.id, "claim": claim.statement, "decided by": claim.decided_by} for claim in CLAIMS])
+    )
+
+
+def finding(claim: str) -> str:
+    """What study `laptop` found on a claim: its row of the README's table."""
+    row = re.search(rf"^\| {claim}\. .*$", Path("README.md").read_text("utf-8"), flags=re.MULTILINE)
+    if not row:
+        raise PluginError(f"README.md has no finding on {claim}")
+    _, statement, verdict, why, _ = (cell.strip() for cell in row[0].split("|"))
+    return f"{statement}: *{verdict}*. {why[0].upper()}{why[1:]}."
+
+
+def commands() -> str:
+    """Every command with the first sentence of its help."""
+    group = typer.main.get_command(app)
+    return markdown_table(
+        pd.DataFrame(
+            [{"command": f"`gdn-mup {name}`", "": command.help} for name, command in sorted(group.commands.items())]
+        )
+    )
+
+
+def captions() -> str:
+    """Every figure and table with the caption that it has in the report."""
+    about = SimpleNamespace(wildcards=SimpleNamespace(optimizer="adamw"))
+    files = [path for path in sorted(Path("workflow/report").glob("*.rst")) if path.stem != "workflow"]
+    return "\n\n".join(f"### {path.stem}\n\n{Template(path.read_text()).render(snakemake=about)}" for path in files)
+
+
+def output_of(page: str, before: str) -> str:
+    """What the Python blocks of a page print, run one after another."""
+    blocks = re.findall(r"^```python\n(.*?)^```$", before, flags=re.MULTILINE | re.DOTALL)
+    with redirect_stdout(StringIO()) as printed:
+        exec(compile("".join(blocks), page, "exec"), {"__name__": page})
+    return f"```text\n{printed.getvalue()}```"
+
+
+PARTS = {
+    function.__name__: function
+    for function in (
+        rule_set,
+        all_rules,
+        differences,
+        exponents,
+        finding,
+        captions,
+        claims,
+        commands,
+        markdown_reference,
+    )
+}
