@@ -54,6 +54,21 @@ class Transformer(nn.Module):
         return self.head(self.norms[2](x))
 
 
+class Gated(nn.Module):
+    """Two heads that grow, each scaled by a gate of the input: the gates' matrix has a fan-out that does not grow."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.tokens, self.norm = nn.Embedding(VOCABULARY, width), nn.LayerNorm(width)
+        self.values, self.output = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
+        self.gates, self.head = nn.Linear(width, 2, bias=False), nn.Linear(width, VOCABULARY, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.norm(self.tokens(ids))
+        heads = self.values(x).unflatten(-1, (2, -1)) * torch.sigmoid(self.gates(x))[..., None]
+        return self.head(x + self.output(heads.flatten(-2).cumsum(1)))
+
+
 TRANSFORMER_AXES = {"positions": "stack out"}
 
 

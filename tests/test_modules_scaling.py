@@ -145,7 +145,7 @@ def test_a_vocabulary_that_is_padded_differently_is_no_width():
     class Model(nn.Module):
         def __init__(self, width: int) -> None:
             super().__init__()
-            rows = 100 + -100 % width
+            rows = 130 + -130 % width  # 160 and 256
             self.tokens, self.head = nn.Embedding(rows, width), nn.Linear(width, rows)
 
     multipliers = Scaling.between(Model, 32, 128).multipliers("sgd")

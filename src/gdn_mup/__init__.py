@@ -3,12 +3,17 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gdn_mup.checks.coordinates import coordinate_check as coordinate_check
     from gdn_mup.modules.scaling import Depth as Depth
     from gdn_mup.modules.scaling import Scaling as Scaling
 
 __version__ = "0.1.0"
 
-_PUBLIC = {"Depth": "gdn_mup.modules.scaling", "Scaling": "gdn_mup.modules.scaling"}
+_PUBLIC = {
+    "Depth": "gdn_mup.modules.scaling",
+    "Scaling": "gdn_mup.modules.scaling",
+    "coordinate_check": "gdn_mup.checks.coordinates",
+}
 
 
 def __getattr__(name: str) -> Any:

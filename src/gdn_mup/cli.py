@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from gdn_mup import __version__
+from gdn_mup.checks import commands
 from gdn_mup.errors import TRACEBACK, MachineError, UserError, end
 from gdn_mup.interrupt import raised_signals
 
@@ -76,6 +77,10 @@ def _root(
     if version:
         print(__version__)
         raise typer.Exit
+
+
+app.command(context_settings=commands.MORE_WIDTHS)(commands.check)
+app.command(context_settings=commands.MORE_WIDTHS)(commands.transfer)
 
 
 @app.command()

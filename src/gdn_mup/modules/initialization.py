@@ -53,7 +53,7 @@ def initialize(
         assert entry.law is not None
         raise UserError(
             f"model: {wrong} has standard deviation {_rms(parameters[wrong]):.4g}, make_model's own init "
-            f"{entry.law.std:.4g}, rescaled {entry.law.std * _size(entry, factors[wrong]):.4g}: initialise a model "
+            f"{entry.law.std:.4g}, rescaled {entry.law.std * size(entry, factors[wrong]):.4g}: initialise a model "
             "fresh from make_model, or, if this one is trained or loaded, call add_multipliers(model) instead"
         )
     if State.SCALED not in states.values():
@@ -99,7 +99,7 @@ def _factors(scaling: "Scaling", name: str) -> list[float]:
 def _state(entry: Entry, parameter: Tensor, factors: list[float]) -> State:
     assert entry.law is not None
     measured = math.log(max(_rms(parameter), 1e-300) / entry.law.std)
-    expected = math.log(_size(entry, factors))
+    expected = math.log(size(entry, factors))
     tolerance = _STANDARD_ERRORS / math.sqrt(2 * parameter.numel()) + _SLACK
     own, scaled = abs(measured) < tolerance, abs(measured - expected) < tolerance
     if own and scaled:
@@ -107,8 +107,8 @@ def _state(entry: Entry, parameter: Tensor, factors: list[float]) -> State:
     return State.OWN if own else State.SCALED if scaled else State.NEITHER
 
 
-def _size(entry: Entry, factors: list[float]) -> float:
-    """By how much the root mean square of a parameter changes."""
+def size(entry: Entry, factors: list[float]) -> float:
+    """By how much the root mean square of a parameter changes, of factors part by part."""
     rows = [part.rows for part in entry.parts] if len(factors) > 1 else [1]
     return math.sqrt(sum(n * f**2 for n, f in zip(rows, factors, strict=True)) / sum(rows))
 

@@ -114,6 +114,11 @@ class Scaling:
         """
         return {name: self._merged(name, optimizer) for name in self.entries}
 
+    def init_size(self, name: str) -> float:
+        """The multiplier of a parameter's root mean square at init: over all its parts."""
+        entry, parts = self.entries[name], self.part_multipliers(name, "adamw")
+        return initialization.size(entry, [part.init_std for part in parts])
+
     def trained_by_muon(self, name: str) -> bool:
         """Whether Muon trains a parameter: matrices both of whose sides grow. AdamW trains the others."""
         entry = self.entries[name]

@@ -1,0 +1,156 @@
+"""`gdn-mup check` and `gdn-mup transfer`: a model of one's own from the command line."""
+
+import importlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+
+from gdn_mup.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+EXIT_FOUND = 1
+_SEQUENCES, _TOKENS, _BATCHES = 4, 64, 8
+
+Target = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODULE:FUNCTION",
+        help="From a width to the model. In the same module, `batches` (a list, or a function that returns one), "
+        "`loss(model, batch)` and `options` (a dict, for `Scaling.between`) are used if they are there.",
+    ),
+]
+Widths = Annotated[int, typer.Option("--widths", help="Widths, the least first: --widths 128 256 512 1024.")]
+Seeds = Annotated[int, typer.Option(min=1, help="Seeds of the init.")]
+MORE_WIDTHS = {"allow_extra_args": True, "ignore_unknown_options": False}
+
+
+class _Subject(NamedTuple):
+    make_model: Any
+    batches: list[Any]
+    loss: Any
+    options: dict[str, Any]
+
+
+def check(
+    context: typer.Context,
+    target: Target,
+    widths: Widths,
+    learning_rate: Annotated[float, typer.Option(help="At the least width.")] = 2.0**-8,
+    steps: Annotated[int, typer.Option(min=1, help="Updates.")] = 4,
+    seeds: Seeds = 3,
+    output: Annotated[Path | None, typer.Option(help="Folder for coordinates.nc and the figure.")] = None,
+) -> None:
+    """Check the coordinates of your own model under the rules; exit code 1 if something is off."""
+    from gdn_mup.checks.coordinates import coordinate_check
+    from gdn_mup.checks.findings import findings
+    from gdn_mup.files import replacing
+
+    subject = _subject(target, widths)
+    dataset = coordinate_check(
+        subject.make_model,
+        _all_widths(context, widths),
+        subject.batches,
+        loss=subject.loss,
+        learning_rate=learning_rate,
+        steps=sorted({1, steps}),
+        seeds=range(seeds),
+        **subject.options,
+    )
+    if output is not None:
+        with replacing(output / "coordinates.nc") as path:
+            dataset.to_netcdf(path, engine="h5netcdf")
+        try:
+            from gdn_mup.checks.figure import draw_check
+            from gdn_mup.study.figures.style import save
+        except ImportError as error:
+            raise UserError(f"--output: the figure needs {error.name}: pip install 'gdn-mup[workflow]'") from None
+        save(*draw_check(dataset), output / "coordinates")
+    found = findings(dataset)
+    for finding in found:
+        print(finding)
+    sizes = dataset.sizes
+    print(f"{len(found)} findings in {sizes['module']} outputs and {sizes['parameter']} parameters")
+    raise typer.Exit(EXIT_FOUND if found else 0)
+
+
+def transfer(
+    context: typer.Context,
+    target: Target,
+    widths: Widths,
+    log2_first: Annotated[float, typer.Option(help="log₂ of the lowest learning rate.")] = -12,
+    log2_last: Annotated[float, typer.Option(help="log₂ of the highest.")] = -4,
+    step: Annotated[float, typer.Option(help="Octaves between learning rates.")] = 1.0,
+    steps: Annotated[int, typer.Option(min=10, help="Updates.")] = 100,
+    seeds: Seeds = 3,
+    output: Annotated[Path | None, typer.Option(help="File for the losses, netCDF.")] = None,
+) -> None:
+    """Sweep the learning rate of your own model at two widths or more; exit code 1 if its optimum moves."""
+    import numpy as np
+
+    from gdn_mup.checks.transfer import judge, lr_sweep
+    from gdn_mup.files import replacing
+
+    subject = _subject(target, widths)
+    rates = 2.0 ** np.arange(log2_first, log2_last + step / 2, step)
+    dataset = lr_sweep(
+        subject.make_model,
+        _all_widths(context, widths),
+        subject.batches,
+        list(rates),
+        loss=subject.loss,
+        steps=steps,
+        seeds=range(seeds),
+        **subject.options,
+    )
+    if output is not None:
+        with replacing(output) as path:
+            dataset.to_netcdf(path, engine="h5netcdf")
+    verdict = judge(dataset)
+    for width, optimum in verdict.optima.items():
+        where = optimum.reason or (
+            f"best at 2^{optimum.log2_learning_rate:.2f} [{optimum.interval.low:.2f}, {optimum.interval.high:.2f}]"
+        )
+        print(f"width {width}: {where}")
+    low, high = verdict.interval
+    print(f"the best learning rate: {verdict.text} ({verdict.move:+.2f} octaves [{low:+.2f}, {high:+.2f}])")
+    raise typer.Exit(EXIT_FOUND if verdict.text == "it moves" else 0)
+
+
+def _all_widths(context: typer.Context, first: int) -> list[int]:
+    try:
+        return [first, *map(int, context.args)]
+    except ValueError:
+        raise UserError(f"--widths: {' '.join(context.args)}: use whole numbers") from None
+
+
+def _subject(target: str, width: int) -> _Subject:
+    """What the module of a user provides."""
+    name, _, function = target.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"{target}: {error}: name a module that imports from here, as my_model:make_model") from None
+    make_model = getattr(module, function, None)
+    if not callable(make_model):
+        raise UserError(f"{target}: {name} has no function {function!r}: use MODULE:FUNCTION")
+    batches = getattr(module, "batches", None)
+    if batches is None:
+        batches = _random_tokens(make_model(width), target)
+        print("batches: random tokens, since the module has none")
+    batches = list(batches() if callable(batches) else batches)
+    return _Subject(make_model, batches, getattr(module, "loss", None), dict(getattr(module, "options", {})))
+
+
+def _random_tokens(model: "nn.Module", target: str) -> list[Any]:
+    import torch
+
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+    if not isinstance(vocabulary, int):
+        raise UserError(f"{target}: its module has no `batches`, and the model no config.vocab_size: add `batches`")
+    random = torch.Generator().manual_seed(0)
+    return [torch.randint(vocabulary, (_SEQUENCES, _TOKENS), generator=random) for _ in range(_BATCHES)]

@@ -1,0 +1,124 @@
+"""What is off in a coordinate check, and which parameter's rule to look at."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import xarray as xr
+
+from gdn_mup.study.width_fit import Exponents, width_exponent
+
+FLAT = 0.25  # an exponent within this of 0 is no growth and no decay
+READOUT_DECAY = 0.5  # what a readout does at init to a change of what it reads, beside its own update
+EXACT = 0.05  # the same for what carries no noise
+_STANDARD_ERRORS = 3
+
+
+class Finding(NamedTuple):
+    """Something that scales as it should not: where, its width exponent with a 95 % interval, and what to look at."""
+
+    where: str
+    what: str
+    exponent: float
+    low: float
+    high: float
+    look_at: str
+
+    def __str__(self) -> str:
+        interval = f" [{self.low:+.2f}, {self.high:+.2f}]" if np.isfinite(self.low) else ""
+        exponent = f" ∝ width^{self.exponent:+.2f}{interval}" if np.isfinite(self.exponent) else ""
+        return f"{self.where}: {self.what}{exponent}; look at {self.look_at}"
+
+
+def exponents(dataset: xr.Dataset, variable: str) -> Exponents:
+    """Width exponents of a variable with seeds and widths: value, low and high [other dimensions in order]."""
+    array = dataset[variable].transpose(..., "seed", "width")
+    return width_exponent([int(w) for w in dataset.width.values], array.values)
+
+
+def findings(dataset: xr.Dataset) -> list[Finding]:
+    """Everything that is off, parameters before the outputs that they cause.
+
+    A parameter departs from the rules if its init, its learning rate or its weight decay scales otherwise than they
+    say, if its first AdamW update is not its learning rate (ε bites), or if it is not trained at all. An output is off
+    if it or its change grows with width, or shrinks: by more than 0.25 in the exponent and with an interval without 0.
+    Outputs of readouts, to which the rules give an init ∝ 1/width, may shrink as width^-½.
+    """
+    return [*_of_parameters(dataset), *_of_outputs(dataset)]
+
+
+def _of_parameters(dataset: xr.Dataset) -> Iterator[Finding]:
+    widths = [int(w) for w in dataset.width.values]
+    names = [str(name) for name in dataset.parameter.values]
+    start, first = dataset.weight_rms.sel(step=0), int(dataset.step.values[1])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        init = _exponents(start / dataset.rule_init_std, widths)
+        rate = _exponents((dataset.learning_rate / dataset.rule_learning_rate).expand_dims("seed"), widths)
+        decay = _exponents((dataset.learning_rate * dataset.weight_decay).expand_dims("seed"), widths)
+        # Of entries that have a gradient all along: rows of an embedding that no token asked for are the same anywhere.
+        adam = "Adam" in dataset.attrs["optimizer"] and first == 1
+        update = _exponents(dataset.update_rms.sel(step=first) / dataset.learning_rate, widths)
+    gradient = dataset.gradient_rms.sel(step=first).mean("seed").transpose("parameter", "width").values
+    learning_rate = dataset.learning_rate.transpose("parameter", "width").values
+    for i, name in enumerate(names):
+        if (learning_rate[i] == 0).any():
+            yield Finding(name, "in no group of the optimizer", np.nan, np.nan, np.nan, "the list of parameters")
+            continue
+        if _off(init, i, EXACT + _sampling_error(dataset, i)):
+            yield _finding(init, i, name, "init over what the rule says", "its initial standard deviation")
+        if _off(rate, i, EXACT):
+            yield _finding(rate, i, name, "learning rate over what the rule says", "its learning rate")
+        if _off(decay, i, EXACT):
+            yield _finding(decay, i, name, "learning rate × weight decay", "its weight decay")
+        if adam and (gradient[i] > 0).all() and _off(update, i, EXACT):
+            yield _finding(update, i, name, "first update over learning rate", "its ε, larger than its gradient")
+
+
+def _of_outputs(dataset: xr.Dataset) -> Iterator[Finding]:
+    names = [str(name) for name in dataset.module.values]
+    parameters = [str(name) for name in dataset.parameter.values]
+    last = int(dataset.step.values[-1])
+    rms, change = exponents(dataset.sel(step=0), "rms"), exponents(dataset.sel(step=last), "change")
+    shrinking = _readouts(dataset)
+    for i, name in enumerate(names):
+        own = [p for p in parameters if p.rpartition(".")[0] == name] or ["what it reads"]
+        if name in dataset.attrs["readouts"].split(", "):
+            own = ["its forward multiplier", *own]
+        look_at = ", ".join(own)
+        decay = READOUT_DECAY if name in shrinking else 0.0
+        if _off(rms, i, FLAT, decay):
+            yield _finding(rms, i, name, "output at init", look_at)
+        elif _off(change, i, FLAT, decay):
+            yield _finding(change, i, name, f"change of output after {last} updates", look_at)
+
+
+def _exponents(array: xr.DataArray, widths: list[int]) -> Exponents:
+    values = array.transpose("parameter", "seed", "width").values
+    return width_exponent(widths, values)
+
+
+def _sampling_error(dataset: xr.Dataset, i: int) -> float:
+    """How far an init of few entries may be off: a standard deviation of n entries is known to 1/√(2n)."""
+    fewest = float(dataset.entries.isel(parameter=i).min()) * dataset.sizes["seed"]
+    growth = float(dataset.width.max() / dataset.width.min())
+    return _STANDARD_ERRORS / float(np.sqrt(2 * fewest) * np.log(growth))
+
+
+def _off(found: Exponents, i: int, tolerance: float, decay: float = 0.0) -> bool:
+    """Whether an exponent lies above `tolerance` or below -(tolerance + decay), and its interval on that side of 0."""
+    value, low, high = found.value[i], found.low[i], found.high[i]
+    if not np.isfinite(value) or -tolerance - decay <= value <= tolerance:
+        return False
+    return not np.isfinite(low) or low > 0 or high < 0
+
+
+def _finding(found: Exponents, i: int, where: str, what: str, look_at: str) -> Finding:
+    return Finding(where, what, float(found.value[i]), float(found.low[i]), float(found.high[i]), look_at)
+
+
+def _readouts(dataset: xr.Dataset) -> set[str]:
+    """Modules whose output shrinks at init by the rules: readouts, tied or not, and the model that returns theirs."""
+    rule = dataset.rule_init_std.isel(width=-1) / dataset.rule_init_std.isel(width=0)
+    width = float(dataset.width[-1] / dataset.width[0])
+    own = {str(name).rpartition(".")[0] for name in rule.parameter.values[(rule < width**-0.75).values]}
+    return own | {*dataset.attrs["readouts"].split(", "), "(model)"}
