@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 import xarray as xr
 import yaml
-from reliability import ends_as, faults, is_said_as
+from reliability import PAGE, ends_as, faults, is_said_as
 from workflow_copy import ROOT, TINY, WorkflowCopy
 
 from gdn_mup.errors import EXIT_INTERRUPTED, EXIT_MACHINE, TRACEBACK, ending
@@ -123,6 +124,21 @@ def test_every_fault_on_the_page_has_tests_that_know_it(name: str) -> None:
         assert f'"{name}"' in source, f"{path} does not compare with the row `{name}`"
 
 
+def test_no_row_of_the_page_is_left_out() -> None:
+    section = PAGE.read_text("utf-8").split("## Faults")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    assert len(rows) == 2 + len(faults())
+
+
+def test_nothing_is_unpickled() -> None:
+    """Nor read in any other way in which a file could run code."""
+    unsafe = re.compile(
+        r"\bimport (pickle|marshal|shelve|joblib)\b|torch\.load|allow_pickle|yaml\.(unsafe_|full_)?load\("
+    )
+    for path in [*(ROOT / "src").rglob("*.py"), *(ROOT / "workflow").rglob("*.py")]:
+        assert not unsafe.search(path.read_text("utf-8")), path
+
+
 # ---- bad input ----
 
 
@@ -198,11 +214,17 @@ def test_a_job_file_that_is_broken(place: Place, tmp_path: Path) -> None:
     assert content(tmp_path) | {"job.nc": ""} == before
 
 
+def run_notebook(name: str, executed: Path, **parameters: Path) -> subprocess.CompletedProcess[str]:
+    """As the workflow runs it."""
+    script = [sys.executable, "workflow/scripts/run_notebook.py", f"notebooks/{name}.ipynb", executed]
+    values = [f"{key}={value}" for key, value in parameters.items()]
+    return subprocess.run([*script, *values], cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
 def test_a_dataset_that_is_broken(tmp_path: Path) -> None:
-    (tmp_path / "lr_sweep.nc").write_bytes(b"not netCDF")
-    parameters = [f"lr_sweep={tmp_path / 'lr_sweep.nc'}", f"output={tmp_path / 'optima'}"]
-    script = [sys.executable, "workflow/scripts/run_notebook.py", "notebooks/optima.ipynb", tmp_path / "executed.ipynb"]
-    done = subprocess.run([*script, *parameters], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    dataset = tmp_path / "lr_sweep.nc"
+    dataset.write_bytes(b"not netCDF")
+    done = run_notebook("optima", tmp_path / "executed.ipynb", lr_sweep=dataset, output=tmp_path / "optima")
     ends_as(done, "a dataset that is not whole")
     assert set(content(tmp_path)) == {"lr_sweep.nc", "executed.ipynb"}
 
@@ -269,6 +291,8 @@ def test_a_corpus_on_a_full_disk(place: Place, mounted: Callable[..., Path]) -> 
 def test_a_read_only_folder(place: Place, mounted: Callable[..., Path]) -> None:
     disk = mounted("ro")
     ends_as(place.sweep(disk / "job.nc"), "a read-only folder")
+    done = run_notebook("scaling_rules", place.folder / "executed.ipynb", output=disk / "scaling_rules")
+    ends_as(done, "a read-only folder")
 
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there is a GPU here")

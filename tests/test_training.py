@@ -15,6 +15,7 @@ from gdn_mup.errors import MachineError
 from gdn_mup.model.config import GrowthMode, ModelSettings
 from gdn_mup.training.clipping import clip, gradient_norms, norm_weights
 from gdn_mup.training.config import OptimizerName, TrainingSettings
+from gdn_mup.training.memory import members_that_fit
 from gdn_mup.training.schedule import learning_rate_factor
 from gdn_mup.training.sweep import Curves, Member, Trainer, distinct_members, members_in_cache, scaled_model, train
 
@@ -288,6 +289,18 @@ def test_a_member_that_does_not_fit_says_what_to_do(tokens: TokenFile, validatio
         train(MEMBERS, device, 4, 32, TRAINING, validation)
     is_said_as(caught.value, "a GPU whose memory does not hold one member")
     assert device.tried == [4, 2, 1]
+
+
+def test_members_that_cannot_be_probed_are_trained_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where even one does not fit, training it says so."""
+
+    def out_of_memory(members: Sequence[Member]) -> Trainer:
+        raise torch.OutOfMemoryError("while building")
+
+    for name in ("empty_cache", "memory_reserved", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 0))
+    assert members_that_fit(MEMBERS, out_of_memory, torch.zeros(1, 2, 33, dtype=torch.int64)) == 1
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,7 @@ def test_growth_modes_are_compared_where_both_were_swept(workflow: WorkflowCopy)
         (["--config", "runs=theirs"], "config: runs: 'theirs': use own or reference"),
         (["--config", "study=misspelt"], "config/studies/misspelt.yaml: sweep: unknown key; "),
         (["results/misspelt/report.html"], "config/studies/misspelt.yaml: sweep: unknown key; "),
+        (["--config", "study=smoke", "devise=cpu"], "config: devise: unknown key; use study, device or runs"),
         (["results/smoke/jobs/lr_sweep/heads_adamw_width48_seed0.nc"], "the study has no lr_sweep job growth=heads"),
     ],
 )

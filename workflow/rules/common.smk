@@ -87,6 +87,9 @@ def count_usable_gpus() -> int:
     return len(usable_gpus())
 
 
+for key in config:
+    if key not in ("study", "device", "runs"):
+        stop(UserError(f"config: {key}: unknown key; use study, device or runs"))
 if config["device"] not in ("auto", "cpu", "cuda"):
     stop(UserError(f"config: device: {config['device']!r}: use auto, cpu or cuda"))
 if workflow.is_main_process and workflow.nodes is None:
