@@ -15,7 +15,9 @@ from workflow_copy import ROOT
 from gdn_mup.scaling.exponents import predict
 from gdn_mup.scaling.growth import Axes, Growth
 from gdn_mup.scaling.rules import RULE_SETS
-from gdn_mup.study.claims import CLAIMS
+from gdn_mup.study.claims import CLAIMS, judge_all
+from gdn_mup.study.datasets import open_dataset
+from gdn_mup.study.plan import load_study
 from gdn_mup.study.tables import printed_scaling_rules, scaling_rules
 from gdn_mup.study.titles import RULE_TITLES
 
@@ -96,6 +98,18 @@ def test_every_claim_is_there_with_how_it_is_decided(site: Path) -> None:
     assert found[1:] == [[claim.id, claim.statement, claim.decided_by.translate(RAISED)] for claim in CLAIMS]
 
 
+def test_results_are_the_verdicts_of_the_published_datasets(site: Path) -> None:
+    found = page(site, "results.html")
+    evidence = {path.stem: open_dataset(path, path.stem) for path in (ROOT / "results/reference/h200").glob("*.nc")}
+    expected = [verdict for verdict in judge_all(evidence) if not verdict.rules]
+    shown = [row for table in tables(found) if "verdict" in table[0] for row in table[1:] if row[2] == "all"]
+    assert [row[3] for row in shown] == [verdict.verdict for verdict in expected]
+    assert len({heading.text.split(".")[0] for heading in found("h2")} & {claim.id for claim in CLAIMS}) == 10
+    kept = len(list((ROOT / "results/reference/h200/jobs/lr_sweep").glob("*.nc")))
+    planned = len(load_study(ROOT / "config/studies/h200.yaml").jobs("lr_sweep"))
+    assert f"{kept} of {planned} jobs of lr_sweep" in found.text
+
+
 def test_every_notebook_has_its_caption(site: Path) -> None:
     headings = {heading.find(string=True) for heading in page(site, "study.html")("h3")}
     drawn = {notebook.stem for notebook in (ROOT / "notebooks").glob("*.ipynb")}
@@ -134,7 +148,7 @@ def test_pages_fit_a_phone_and_the_search_works_from_disk(site: Path, browser) -
         browser.execute_cdp_cmd(
             "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
         )
-        for name in ("index", "rules", "your_model", "study", "faq", "reference/scaling"):
+        for name in ("index", "rules", "your_model", "study", "results", "faq", "reference/scaling"):
             browser.get((site / f"{name}.html").as_uri())
             assert browser.execute_script("return document.documentElement.scrollWidth") <= 390, name
     finally:

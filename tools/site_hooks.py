@@ -7,14 +7,18 @@ browsers set MathML's indices on the line.
 """
 
 import html
+import json
 import re
+from collections.abc import Mapping
 from contextlib import redirect_stdout
+from functools import cache
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
 import typer.main
+import xarray as xr
 from jinja2 import Template
 from mkdocs.exceptions import PluginError
 from ziamath import Latex, config
@@ -23,9 +27,11 @@ from gdn_mup.cli import app
 from gdn_mup.scaling.exponents import OUTSIDE_BLOCKS, predict
 from gdn_mup.scaling.growth import Axes
 from gdn_mup.scaling.rules import RULE_SETS, Power
-from gdn_mup.study.claims import CLAIMS
+from gdn_mup.study.claims import CLAIMS, verdict_table
+from gdn_mup.study.datasets import JOB_VARIABLES, open_dataset
+from gdn_mup.study.plan import SECTIONS, load_study
 from gdn_mup.study.reference import markdown_reference
-from gdn_mup.study.tables import printed_scaling_rules, scaling_rules
+from gdn_mup.study.tables import printed_scaling_rules, printed_verdicts, scaling_rules
 from gdn_mup.study.titles import RULE_TITLES
 
 FONT_SIZE = 16.0  # only proportions matter: drawings are scaled with the text
@@ -164,6 +170,37 @@ def finding(claim: str) -> str:
     return f"{statement}: *{verdict}*. {why[0].upper()}{why[1:]}."
 
 
+@cache
+def evidence(study: str) -> Mapping[str, xr.Dataset]:
+    """The published datasets of a study, by kind."""
+    kinds = [kind for kind in JOB_VARIABLES if Path(f"results/reference/{study}/{kind}.nc").is_file()]
+    return {kind: open_dataset(f"results/reference/{study}/{kind}.nc", kind) for kind in kinds}
+
+
+def published(study: str) -> str:
+    """How much of a study is published."""
+    counts = []
+    for kind, dataset in evidence(study).items():
+        jobs, missing = int(dataset.seconds.notnull().sum()), len(json.loads(dataset.attrs["missing_jobs"]))
+        counts.append(f"{jobs} of {jobs + missing} jobs of `{kind}`")
+    planned = load_study(f"config/studies/{study}.yaml")
+    counts += [f"none of `{kind}`" for kind in SECTIONS if planned.jobs(kind) and kind not in evidence(study)]
+    return f"Of `{study}` are published so far: {', '.join(counts)}."
+
+
+@cache
+def verdicts(study: str) -> pd.DataFrame:
+    """The printed verdicts of a study's published datasets, with the claim's name alone."""
+    table = printed_verdicts(verdict_table(evidence(study)))
+    return table.assign(claim=table.claim.str.split(".").str[0].replace("", None).ffill())
+
+
+def verdict(study: str, claim: str) -> str:
+    """What a study's published datasets say on a claim."""
+    table = verdicts(study)
+    return markdown_table(table[table.claim == claim].drop(columns="claim"))
+
+
 def commands() -> str:
     """Every command with the first sentence of its help."""
     group = typer.main.get_command(app)
@@ -197,6 +234,8 @@ PARTS = {
         differences,
         exponents,
         finding,
+        published,
+        verdict,
         captions,
         claims,
         commands,
