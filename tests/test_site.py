@@ -55,14 +55,19 @@ def evaluated(formula: str, growth: Growth) -> float:
 def test_the_table_of_the_rules_is_the_rule_set(site: Path) -> None:
     rules, table = RULE_SETS["gdn_mup"], tables(page(site, "rules.html"))[0]
     fans = {Axes.BOTH: (3.0, 5.0), Axes.FAN_OUT: (1.0, 5.0), Axes.FAN_IN: (3.0, 1.0), Axes.NONE: (1.0, 1.0)}
-    assert table[0] == ["axes that grow", "init std", "AdamW LR", "SGD LR", "AdamW ε", "AdamW weight decay"]
+    assert table[0] == ["axes that grow", "init std", "AdamW LR", "SGD LR", "Muon LR", "AdamW ε", "AdamW weight decay"]
     assert {row[0] for row in table[1:]} == {axes.value for axes in Axes}
     for axes, *cells in table[1:]:
         growth = Growth(*fans[Axes(axes)], width=4.0)
         row = rules.rows[Axes(axes)]
-        adamw, sgd = (row.scaling(growth, optimizer, rules.keeps_decay) for optimizer in ("adamw", "sgd"))
+        adamw, sgd, muon = (row.scaling(growth, optimizer, True) for optimizer in ("adamw", "sgd", "muon"))
+        by_muon = cells.pop(3)
         expected = (adamw.init_std, adamw.learning_rate, sgd.learning_rate, adamw.epsilon, adamw.weight_decay)
         assert [evaluated(cell, growth) for cell in cells] == pytest.approx(expected)
+        if row.muon_learning_rate is None:
+            assert by_muon == "AdamW trains it"
+        else:
+            assert evaluated(by_muon, growth) == pytest.approx(muon.learning_rate)
 
 
 def test_all_rule_sets_stand_beside_the_papers(site: Path) -> None:
@@ -119,6 +124,16 @@ def test_every_notebook_has_its_caption(site: Path) -> None:
 def test_the_example_is_run_and_its_table_shown(site: Path) -> None:
     lines = [line for block in page(site, "your_model.html")("pre") for line in block.text.splitlines()]
     assert [line for line in lines if line.startswith("1.gate.weight") and "Linear: fan-in ×4, fan-out ×4" in line]
+
+
+def test_no_markdown_is_left_as_text(site: Path) -> None:
+    """A line that the wrapping of paragraphs lets begin with `#` would be a heading, and its links would be text."""
+    for path in site.rglob("*.html"):
+        article = page(site, str(path.relative_to(site))).find("article")
+        for code in article(["code", "pre"]) if article else ():
+            code.decompose()
+        text = article.text if article else ""
+        assert not [left for left in ("](", "{{", "--8<--", "$$", "**") if left in text], path.name
 
 
 def references(page: BeautifulSoup) -> list[str]:

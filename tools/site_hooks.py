@@ -67,9 +67,10 @@ def on_page_content(content: str, **_) -> str:
         )
         style = f"vertical-align: {drawing.getyofst() / FONT_SIZE:.3f}em"
         svg = svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(tex)}" style="{style}"', 1)
-        return f'<div class="formula">{svg}</div>' if block else svg
+        return f'<div class="formula">{svg}</div>' if block else f'<span class="formula">{svg}{found[3]}</span>'
 
-    return re.sub(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', formula, content, flags=re.DOTALL)
+    pattern = r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>([.,;:)]*)'
+    return re.sub(pattern, formula, content, flags=re.DOTALL)
 
 
 def markdown_table(table: pd.DataFrame) -> str:
@@ -91,6 +92,7 @@ def rule_set(name: str) -> str:
                 "init std": power(row.init_std),
                 "AdamW LR": power(row.adamw_learning_rate),
                 "SGD LR": power(row.sgd_learning_rate),
+                "Muon LR": power(row.muon_learning_rate) if row.muon_learning_rate else "AdamW trains it",
                 "AdamW ε": power(row.adamw_epsilon),
                 "AdamW weight decay": power(decays),
             }
@@ -202,13 +204,10 @@ def verdict(study: str, claim: str) -> str:
 
 
 def commands() -> str:
-    """Every command with the first sentence of its help."""
-    group = typer.main.get_command(app)
-    return markdown_table(
-        pd.DataFrame(
-            [{"command": f"`gdn-mup {name}`", "": command.help} for name, command in sorted(group.commands.items())]
-        )
-    )
+    """Every command with the first paragraph of its help."""
+    found = typer.main.get_command(app).commands
+    rows = [{"command": f"`gdn-mup {name}`", "": found[name].help.split("\n\n")[0]} for name in sorted(found)]
+    return markdown_table(pd.DataFrame(rows))
 
 
 def captions() -> str:

@@ -4,10 +4,10 @@ Each row says by which power of its growth a parameter's initial standard deviat
 the optimizer's ε are multiplied between the base and the target width. All multipliers are 1 at the base width,
 so that there every rule set is the same model, trained in the same way.
 
-`sp`       standard parametrization: init ∝ 1/√fan-in, one learning rate for everything
-`mup`      the transformer's μP, which arXiv 2606.04048 calls "original μP"
-`liu_gu`   the rules of arXiv 2606.04048 (Liu and Gu), whose text covers growth by `head_dim`
-`gdn_mup`  ours: the rule follows from which axes of the parameter grow, in either growth mode
+- `sp`: standard parametrization: init ∝ 1/√fan-in, one learning rate for everything
+- `mup`: the transformer's μP, which arXiv 2606.04048 calls "original μP"
+- `liu_gu`: the rules of arXiv 2606.04048 (Liu and Gu), whose text covers growth by `head_dim`
+- `gdn_mup`: ours: the rule follows from which axes of the parameter grow, in either growth mode
 """
 
 from collections.abc import Mapping
