@@ -283,12 +283,35 @@ def test_a_group_that_goes_on_where_there_is_less_memory_starts_again(
         np.testing.assert_array_equal(getattr(curves, curve), getattr(expected, curve))
 
 
+def test_a_member_that_does_not_fit_goes_on_with_its_batches_in_parts(
+    tokens: TokenFile, validation: TokenFile, caplog: pytest.LogCaptureFixture
+) -> None:
+    def make(group: list[Member]) -> Trainer:
+        trainer = make_trainer(group, tokens)
+        update = trainer.step
+
+        def step(index: int, factor: float) -> tuple[torch.Tensor, torch.Tensor]:
+            if trainer.micro_batches < 2:
+                raise torch.OutOfMemoryError
+            return update(index, factor)
+
+        trainer.step = step  # type: ignore[method-assign]
+        return trainer
+
+    with caplog.at_level(logging.WARNING):
+        curves = train(MEMBERS[:2], make, 1, 32, TRAINING, validation)  # type: ignore[arg-type]
+    assert caplog.messages == ["Out of memory: 1 member of width 32; going on with batches in 2 parts"]
+    expected = train(MEMBERS[:2], lambda group: make_trainer(group, tokens), 1, 32, TRAINING, validation)  # type: ignore[arg-type]
+    for curve in CURVES:
+        np.testing.assert_allclose(getattr(curves, curve), getattr(expected, curve), rtol=1e-4)
+
+
 def test_a_member_that_does_not_fit_says_what_to_do(tokens: TokenFile, validation: TokenFile) -> None:
     device = SmallDevice(tokens, 0, 0)
     with pytest.raises(MachineError) as caught:
         train(MEMBERS, device, 4, 32, TRAINING, validation)
     is_said_as(caught.value, "a GPU whose memory does not hold one member")
-    assert device.tried == [4, 2, 1]
+    assert device.tried == [4, 2, 1, 1]  # the last with batches of two sequences in two parts
 
 
 def test_members_that_cannot_be_probed_are_trained_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,7 +92,7 @@ def test_growth_modes_are_compared_where_both_were_swept(workflow: WorkflowCopy)
 @pytest.mark.parametrize(
     ("target", "says"),
     [
-        (["--config", "study=smoke", "device=gpu"], "config: device: 'gpu': use auto, cpu or cuda"),
+        (["--config", "study=smoke", "device=gpu"], "config: device: 'gpu': use auto, cpu, cuda or, for"),
         (
             ["--profile", "workflow/profiles/slurm", "--config", "study=smoke", "device=auto"],
             "config: device: 'auto': jobs run on other machines than this one; use cuda or cpu",
@@ -119,6 +119,12 @@ def test_the_default_profile_is_found_and_leaves_a_users_profile_alone(workflow:
     assert "Using workflow specific profile profiles/default" in workflow.snakemake("-n").stdout
     profile = yaml.safe_load((workflow.folder / "workflow/profiles/default/config.yaml").read_text())
     assert not {"executor", "default-resources", "cores", "jobs"} & set(profile)
+
+
+def test_the_device_reaches_the_jobs(workflow: WorkflowCopy):
+    job = "results/smoke/jobs/lr_sweep/heads_adamw_width32_seed0.nc"
+    run = workflow.snakemake("-n", "--printshellcmds", "--config", "study=smoke", "device=2xcuda", "--", job)
+    assert "--device 2xcuda --output" in run.stdout
 
 
 def test_every_rule_is_fully_dressed():

@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # torch and xarray take seconds to import: only the commands 
     from gdn_mup.study.plan import Job, Study
     from gdn_mup.training.config import TrainingSettings
     from gdn_mup.training.energy import Spent
+    from gdn_mup.training.parallel import Processes
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -55,8 +56,20 @@ Checkpoint = Annotated[
 CheckpointSeconds = Annotated[
     float, typer.Option(min=0, help="Seconds between checkpoints: what a job that is killed loses at most.")
 ]
+MicroBatches = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="Parts of a batch that follow one another, to take less memory. GPUs that run out of it take more parts.",
+    ),
+]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; the libraries' own choice by default.")]
-Device = Annotated[str, typer.Option(help="`cpu`, `cuda`, or `auto`: an NVIDIA GPU if there is one.")]
+Device = Annotated[
+    str,
+    typer.Option(
+        help="`cpu`, `cuda`, or `auto`: an NVIDIA GPU if there is one. `2xcuda`: two that train one job together."
+    ),
+]
 
 
 def main() -> None:
@@ -203,6 +216,7 @@ def sweep(
     output: Output,
     checkpoint: Checkpoint = None,
     checkpoint_seconds: CheckpointSeconds = CHECKPOINT_SECONDS,
+    micro_batches: MicroBatches = 1,
     threads: Threads = None,
     device: Device = "auto",
 ) -> None:
@@ -212,8 +226,8 @@ def sweep(
     planned = _planned(study, "lr_sweep", growth, optimizer, width, seed)
     ready = _prepare(planned, corpus, threads, device, output)
     checkpoint = checkpoint or _checkpoint_beside(output)
-    with progress(_title(planned.job), 1) as report:
-        swept = _sweep(planned, ready, planned.training, report, checkpoint, checkpoint_seconds)
+    with progress(_title(planned.job), 1, shown=ready.processes.leads) as report:
+        swept = _sweep(planned, ready, planned.training, report, checkpoint, checkpoint_seconds, micro_batches)
     _write_job(swept.isel(trial=0), planned, ready, output, [checkpoint])
 
 
@@ -228,6 +242,7 @@ def tune(
     output: Output,
     checkpoint: Checkpoint = None,
     checkpoint_seconds: CheckpointSeconds = CHECKPOINT_SECONDS,
+    micro_batches: MicroBatches = 1,
     threads: Threads = None,
     device: Device = "auto",
 ) -> None:
@@ -240,8 +255,8 @@ def tune(
     planned = _planned(study, "tuning", growth, optimizer, width, seed)
     ready = _prepare(planned, corpus, threads, device, output)
     checkpoint = checkpoint or _checkpoint_beside(output)
-    with progress(_title(planned.job), 1) as report:
-        trained = _sweep(planned, ready, planned.training, report, checkpoint, checkpoint_seconds)
+    with progress(_title(planned.job), 1, shown=ready.processes.leads) as report:
+        trained = _sweep(planned, ready, planned.training, report, checkpoint, checkpoint_seconds, micro_batches)
     multipliers = pd.DataFrame(planned.experiment.multipliers).rename_axis(index="trial", columns="hyperparameter")
     final = trained.val_loss.isel(evaluation_step=-1, drop=True).where(trained.diverged == 0)
     dataset = trained.assign(final_loss=final, multipliers=multipliers)
@@ -354,6 +369,7 @@ def clipping(
     output: Output,
     optimizer: OptimizerOption = "sgd",
     checkpoint_seconds: CheckpointSeconds = CHECKPOINT_SECONDS,
+    micro_batches: MicroBatches = 1,
     threads: Threads = None,
     device: Device = "auto",
 ) -> None:
@@ -368,11 +384,11 @@ def clipping(
     ready = _prepare(planned, corpus, threads, device, output)
     checkpoints = [_checkpoint_beside(output, f".{name}") for name in check.clippings]
     swept: list[xr.Dataset] = []
-    with progress(_title(planned.job), len(check.clippings)) as report:
+    with progress(_title(planned.job), len(check.clippings), shown=ready.processes.leads) as report:
         for name, checkpoint in zip(check.clippings, checkpoints, strict=True):
             training = planned.training.model_copy(update={"clipping": name})
             part_report = _part_of(report, len(swept), name)
-            part = _sweep(planned, ready, training, part_report, checkpoint, checkpoint_seconds)
+            part = _sweep(planned, ready, training, part_report, checkpoint, checkpoint_seconds, micro_batches)
             swept.append(part.isel(trial=0))
     dataset = xr.concat(swept, xr.Variable("clipping", list(check.clippings)))
     # Every member has its own tokens, and the rest adds up.
@@ -487,6 +503,7 @@ class _Ready(NamedTuple):
     group_size: Callable[[Any], int]  # how many of these members train at once
     device: str  # `cpu` or `cuda`
     device_name: str
+    processes: "Processes"  # who trains this job together
 
 
 def _prepare(planned: _Planned, corpus: Path, threads: int | None, device: str, output: Path) -> _Ready:
@@ -500,10 +517,16 @@ def _prepare(planned: _Planned, corpus: Path, threads: int | None, device: str, 
     from gdn_mup.study.plan import Tuning
     from gdn_mup.study.provenance import processor
     from gdn_mup.training.allocator import keep_freed_memory
+    from gdn_mup.training.devices import parse_device
+    from gdn_mup.training.parallel import join_processes
     from gdn_mup.training.sweep import Trainer, members_in_cache, scaled_model
 
     study, job, experiment, training, _ = planned
-    cuda = _use_cuda(device)
+    wanted = parse_device(device)
+    processes = join_processes(wanted.number if job.kind in TRAINED_BY_KERNELS else 1)
+    cuda = _use_cuda(wanted.kind, processes)
+    if cuda:
+        processes = processes.with_gpus()
     if threads:
         torch.set_num_threads(threads)
     keep_freed_memory()
@@ -526,32 +549,39 @@ def _prepare(planned: _Planned, corpus: Path, threads: int | None, device: str, 
         seed=job.seed,
         tokens=tokens,
         device="cuda" if cuda else "cpu",
+        processes=processes,
     )
 
     def group_size(members: Any) -> int:
         if not cuda:
-            return members_in_cache(job.width, training.batch_size * training.context_length)
+            return members_in_cache(job.width, training.batch_size * training.context_length // processes.count)
         from gdn_mup.training.memory import members_that_fit
 
         batches = validation.fixed_batches(1, training.batch_size, training.context_length)
-        return members_that_fit(members, make_trainer, torch.from_numpy(batches))
+        try:
+            fit = members_that_fit(members, make_trainer, torch.from_numpy(batches))
+        except torch.OutOfMemoryError:  # not even one, unless its batches are divided
+            fit = 1
+        return processes.smallest(fit)
 
     check_writable(output)
     name = torch.cuda.get_device_name() if cuda else processor()
-    return _Ready(scaled, tokens, validation, make_trainer, group_size, "cuda" if cuda else "cpu", name)
+    return _Ready(scaled, tokens, validation, make_trainer, group_size, "cuda" if cuda else "cpu", name, processes)
 
 
-def _use_cuda(device: str) -> bool:
-    """Whether to train on a GPU; if so, this process holds one from here on, and CUDA sees no other."""
+def _use_cuda(device: str, processes: "Processes") -> bool:
+    """Whether to train on a GPU; if so, the first process holds one for each from here on, and CUDA sees no others."""
+    import os
+
     import torch
 
     from gdn_mup.training.gpu_slots import OLDEST_GPU, free_gpus, take_gpus
 
-    if device not in ("auto", "cpu", "cuda"):
-        raise UserError(f"--device: {device!r}: use auto, cpu or cuda")
     if device == "cpu":
         return False
-    slots = take_gpus()
+    slots = take_gpus(processes.count) if processes.leads else []
+    if visible := processes.tell(os.environ.get("CUDA_VISIBLE_DEVICES", "")):
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible
     found = torch.cuda.is_available()
     suitable = found and torch.cuda.get_device_capability() >= OLDEST_GPU
     if device == "cuda" and not found:
@@ -578,6 +608,7 @@ def _sweep(
     report: "Report",
     checkpoint: Path,
     checkpoint_seconds: float,
+    micro_batches: int,
 ) -> "xr.Dataset":
     """Train every rule set, trial and learning rate of a job, going on from the checkpoint if there is one.
 
@@ -602,6 +633,8 @@ def _sweep(
         device=ready.device,
         checkpoint=checkpoint,
         checkpoint_seconds=checkpoint_seconds,
+        micro_batches=micro_batches,
+        processes=ready.processes,
         report=lambda done, status="": report(done / updates, status),
     )
     trials = len(ready.scaled.trials)
@@ -665,7 +698,12 @@ def _costs(spent: "Spent", *, members: int, diverged_members: int, tokens: tuple
 def _write_job(
     dataset: "xr.Dataset", planned: _Planned, ready: _Ready, output: Path, checkpoints: Sequence[Path] = ()
 ) -> None:
-    """Add the job's coordinates and provenance, and write its file; only then its checkpoints are no longer needed."""
+    """Add the job's coordinates and provenance, and write its file; only then its checkpoints are no longer needed.
+
+    Of processes that have trained it together the first one does.
+    """
+    if not ready.processes.leads:
+        return
     from gdn_mup.study.datasets import write
     from gdn_mup.study.provenance import provenance
 

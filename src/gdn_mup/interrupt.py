@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -10,6 +11,7 @@ from typing import Any
 from gdn_mup.errors import Interrupted
 
 ASKING = (signal.SIGTERM, signal.SIGINT)  # a scheduler's, and a person's
+SAME_REQUEST_SECONDS = 1.0
 
 
 @contextmanager
@@ -40,21 +42,28 @@ def noted_signals() -> Iterator[Callable[[], str]]:
 def _handled(handle: Callable[[str], None]) -> Iterator[None]:
     """Call a function with the name of the first signal that comes.
 
-    A second one does what it would have done before: whoever is in a hurry asks twice. Outside the main thread signals
-    cannot be had, and nothing is called.
+    A second one does what it would have done before: whoever is in a hurry asks twice. But one within a second of the
+    first is the same request, from a launcher that hands on what everybody got. Outside the main thread signals cannot
+    be had, and nothing is called.
     """
     before: dict[signal.Signals, Any] = {}
+    came: float | None = None
 
     def restore() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    def first(number: int, _: FrameType | None) -> None:
-        restore()
-        handle(signal.Signals(number).name)
+    def take(number: int, _: FrameType | None) -> None:
+        nonlocal came
+        if came is None:
+            came = time.monotonic()
+            handle(signal.Signals(number).name)
+        elif time.monotonic() - came > SAME_REQUEST_SECONDS:
+            restore()
+            signal.raise_signal(number)
 
     if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, first) for number in ASKING}
+        before = {number: signal.signal(number, take) for number in ASKING}
     try:
         yield
     finally:

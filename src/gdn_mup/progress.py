@@ -23,8 +23,11 @@ def silent(done: float, status: str = "") -> None:
 
 
 @contextmanager
-def progress(title: str, total: float) -> Iterator[Report]:
+def progress(title: str, total: float, *, shown: bool = True) -> Iterator[Report]:
     """Yield a function to be called with the amount done so far and a short status, on standard error."""
+    if not shown:
+        yield silent
+        return
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _lines(title, total)

@@ -85,6 +85,15 @@ def test_replayed_steps_are_the_steps(tokens: TokenFile) -> None:
         assert torch.equal(own_norms, norms[:, step])
 
 
+def test_batches_in_parts_train_the_same(tokens: TokenFile) -> None:
+    whole, norms = steps(make_trainer(MEMBERS, tokens, "cuda"))
+    trainer = make_trainer(MEMBERS, tokens, "cuda")
+    trainer.micro_batches = 2
+    in_parts, own_norms = steps(trainer)
+    torch.testing.assert_close(in_parts, whole, rtol=5e-3, atol=0)
+    torch.testing.assert_close(own_norms[:, 0], norms[:, 0], rtol=5e-3, atol=0)
+
+
 def test_a_member_alone_is_the_member_in_company(tokens: TokenFile) -> None:
     company, _ = steps(make_trainer(MEMBERS, tokens, "cuda"))
     alone, _ = steps(make_trainer(MEMBERS[4:5], tokens, "cuda"))

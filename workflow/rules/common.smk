@@ -9,6 +9,7 @@ from gdn_mup.errors import UserError, end
 from gdn_mup.model.config import GrowthMode
 from gdn_mup.study.plan import Job, Study, load_study
 from gdn_mup.training.config import OptimizerName
+from gdn_mup.training.devices import parse_device
 from gdn_mup.training.gpu_slots import usable_gpus
 
 # Jobs find the commands of the environment that Snakemake runs in, activated or not.
@@ -90,25 +91,27 @@ def count_usable_gpus() -> int:
 for key in config:
     if key not in ("study", "device", "runs"):
         stop(UserError(f"config: {key}: unknown key; use study, device or runs"))
-if config["device"] not in ("auto", "cpu", "cuda"):
-    stop(UserError(f"config: device: {config['device']!r}: use auto, cpu or cuda"))
+try:
+    DEVICE = parse_device(str(config["device"]), "config: device")
+except UserError as error:
+    stop(error)
 if workflow.is_main_process and workflow.nodes is None:
     # As many jobs run at once as this machine has GPUs, unless `--resources gpu=N` says otherwise; each takes one of its
     # own (training/gpu_slots.py).
-    if config["device"] != "cpu" and "gpu" not in workflow.global_resources and count_usable_gpus():
+    if DEVICE.kind != "cpu" and "gpu" not in workflow.global_resources and count_usable_gpus():
         workflow.register_resource("gpu", count_usable_gpus())
-elif workflow.is_main_process and config["device"] == "auto":
+elif workflow.is_main_process and DEVICE.kind == "auto":
     stop(UserError("config: device: 'auto': jobs run on other machines than this one; use cuda or cpu"))
 
 
 def get_gpus(wildcards) -> int:
     """GPUs that a training job asks for: with device `auto` one, where this machine has any."""
-    return int(config["device"] == "cuda" or config["device"] == "auto" and count_usable_gpus() > 0)
+    return DEVICE.number if DEVICE.kind == "cuda" or DEVICE.kind == "auto" and count_usable_gpus() else 0
 
 
 def get_training_memory(wildcards) -> int:
     """MB of main memory; CUDA's libraries alone take some."""
-    return 6000 if get_gpus(wildcards) else 1500
+    return 6000 * get_gpus(wildcards) or 1500 * DEVICE.number
 
 
 def get_job_files(kind: str):

@@ -14,7 +14,7 @@ rule coordinate_check:
     resources:
         mem_mb=get_training_memory,
         runtime=120,
-        gpu=get_gpus,
+        gpu=lambda wildcards: min(1, get_gpus(wildcards)),  # one process, also where several train together
         device=config["device"],  # not a parameter: on another device a finished job need not run again
     params:
         settings=get_job_settings("coordinates"),

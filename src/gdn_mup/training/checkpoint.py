@@ -30,6 +30,7 @@ class Position(NamedTuple):
     trained_members: int
     group_size: int
     step: int
+    micro_batches: int = 1  # parts of a batch that follow one another
 
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], settings_hash: str, position: Position) -> None:

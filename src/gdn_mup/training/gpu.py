@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from gdn_mup.kernels.optimizer import adamw_step, gradient_norms, parameter_index, sgd_step
-from gdn_mup.measurement.evaluation import held_out_losses
 from gdn_mup.model.config import ModelSettings
 from gdn_mup.model.fused_operations import FusedOperations
 from gdn_mup.model.kernels import check_delta_rule, check_head_dim
@@ -133,7 +132,8 @@ class Captured:
         if self._graph is None:
             self._result = None  # its memory, and all that the eager calls left, is free for the graph's own
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=self._stream):
+            # Of this thread alone: NCCL's watchdog, where processes meet, asks the device at any time.
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 self._result = self._function()
             self._graph = graph
         self._graph.replay()
@@ -165,18 +165,35 @@ class GpuTrainer(Trainer):
         fused = FusedOptimizer(
             optimizer, self.model, operations.gradient, scalings, learning_rates, norm_weights, self.training
         )
-        ids = self.training.batch_size, self.training.context_length + 1
+        ids = self.training.batch_size // self.processes.count, self.training.context_length + 1
         batch = torch.zeros(ids, dtype=torch.int64, device=self.device)
-        self._fused, self._batch = fused, batch
-        self._captured = Captured(lambda: (self._backward(batch), fused.apply()))
+        self._fused, self._batch, self._gradient = fused, batch, operations.gradient
+        alone = self.processes.count == 1
+        self._captured = Captured(lambda: (self._backward(batch), fused.apply() if alone else None))
         return fused
 
     def step(self, step: int, factor: float) -> tuple[Tensor, Tensor]:
         """One update on the step's batch: losses and gradient norms [M], which the next step overwrites."""
         _send(self._ids(step), self._batch)
         self._fused.prepare(factor)
-        losses, norms = self._captured()
+        losses, norms = self.processes.in_memory(self._captured)
+        if norms is None:  # processes meet between the gradients and the update
+            self.processes.average(losses, self._gradient)
+            norms = self._fused.apply()
         return losses, norms
+
+    def _backward(self, batch: Tensor) -> Tensor:
+        total, losses = None, []
+        for part in batch.chunk(self.micro_batches):
+            self.model.zero_grad()
+            mean = self.model.losses(part)
+            mean.sum().backward()
+            losses.append(mean.detach())
+            if self.micro_batches > 1:  # a backward overwrites what the one before it left
+                total = self._gradient.clone() if total is None else total.add_(self._gradient)
+        if total is not None:
+            torch.div(total, self.micro_batches, out=self._gradient)
+        return torch.stack(losses).mean(0)
 
 
 def compile_kernels(scaled: Scaled, model: ModelSettings, training: TrainingSettings, optimizer: OptimizerName) -> None:
@@ -189,5 +206,5 @@ def compile_kernels(scaled: Scaled, model: ModelSettings, training: TrainingSett
     members = [Member(next(iter(scaled.scalings)), 0.0)] * 2
     trainer = GpuTrainer(members, scaled, model, training, optimizer, 0, Nothing(), "cuda")  # type: ignore[arg-type]
     trainer.step(0, 0.0)
-    held_out_losses(trainer.model, trainer.batch(0)[None])
+    trainer.held_out_losses(trainer.batch(0)[None])
     torch.cuda.synchronize()

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from gdn_mup.measurement.evaluation import held_out_losses
 from gdn_mup.training.sweep import Member, Trainer
 
 log = logging.getLogger(__name__)
@@ -48,10 +47,10 @@ def _peak(make_trainer: Callable[[Sequence[Member]], Trainer], members: Sequence
     held = torch.cuda.memory_reserved()
     torch.cuda.reset_peak_memory_stats()
     trainer = make_trainer(members)
-    held_out_losses(trainer.model, batches.to(trainer.device))
+    trainer.held_out_losses(batches.to(trainer.device))
     for step in range(PROBE_STEPS):
         trainer.step(step, 0.0)
-    held_out_losses(trainer.model, batches.to(trainer.device))
+    trainer.held_out_losses(batches.to(trainer.device))
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_reserved() - held
     del trainer

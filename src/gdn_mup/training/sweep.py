@@ -9,6 +9,7 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +31,7 @@ from gdn_mup.training.clipping import norm_weights
 from gdn_mup.training.config import Clipping, OptimizerName, TrainingSettings
 from gdn_mup.training.energy import NOTHING, Meter, Spent
 from gdn_mup.training.optimizers import MemberOptimizer, Optimizer
+from gdn_mup.training.parallel import ALONE, Processes
 from gdn_mup.training.schedule import learning_rate_factor
 
 log = logging.getLogger(__name__)
@@ -126,8 +128,10 @@ class Trainer:
         tokens: TokenFile,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        processes: Processes = ALONE,
     ) -> None:
         self.training, self.seed, self.tokens, self.device = training, seed, tokens, torch.device(device)
+        self.processes, self.micro_batches = processes, 1
         scalings = [scaled.scaling(member) for member in members]
         self.model = LanguageModel(scaled.target, len(members), model.norm_epsilon, device=self.device, dtype=dtype)
         initialize(self.model, scaled.base, model.initial_scale, scalings, seed)
@@ -149,12 +153,12 @@ class Trainer:
         return MemberOptimizer(optimizer, self.model, scalings, learning_rates, norm_weights, self.training)
 
     def batch(self, step: int) -> Tensor:
-        """Token ids [B, T + 1] of update `step` = 0, 1, …"""
+        """Token ids [B, T + 1] of update `step` = 0, 1, …; those of this process, if several share them."""
         return self._ids(step).to(self.device)
 
     def _ids(self, step: int) -> Tensor:
         ids = self.tokens.batch(self.seed, step, self.training.batch_size, self.training.context_length)
-        return torch.from_numpy(ids)
+        return self.processes.share(torch.from_numpy(ids))
 
     def step(self, step: int, factor: float) -> tuple[Tensor, Tensor]:
         """One update on the step's batch: what `backward` and `update` return."""
@@ -162,13 +166,26 @@ class Trainer:
 
     def backward(self, step: int) -> Tensor:
         """Losses [M] of the step's batch; leaves their gradients on the parameters."""
-        return self._backward(self.batch(step))
+        losses = self.processes.in_memory(lambda: self._backward(self.batch(step)))
+        gradients = (tensor.grad for tensor in self.model.tensors.values())
+        self.processes.average(losses, *(gradient for gradient in gradients if gradient is not None))
+        return losses
 
     def _backward(self, batch: Tensor) -> Tensor:
         self.model.zero_grad()
-        losses = self.model.losses(batch)
-        losses.sum().backward()  # members share nothing, so each gets the gradient of its own loss
-        return losses.detach()
+        losses = []
+        for part in batch.chunk(self.micro_batches):
+            mean = self.model.losses(part) / self.micro_batches
+            mean.sum().backward()  # members share nothing, so each gets the gradient of its own loss
+            losses.append(mean.detach())
+        return torch.stack(losses).sum(0)
+
+    def held_out_losses(self, batches: Tensor) -> Tensor:
+        """Mean losses [M] over batches [count, B, T + 1]."""
+        mine = self.processes.share(batches).unflatten(1, (self.micro_batches, -1)).flatten(0, 1)
+        losses = self.processes.in_memory(lambda: held_out_losses(self.model, mine))
+        self.processes.average(losses)
+        return losses
 
     def gradients(self) -> dict[str, Tensor]:
         """The gradients [M, ...] that `backward` left."""
@@ -206,14 +223,16 @@ def train(
     settings_hash: str = "",
     checkpoint_seconds: float = 120.0,
     device: torch.device | str = "cpu",
+    processes: Processes = ALONE,
+    micro_batches: int = 1,
     report: Report = silent,
     report_seconds: float = 0.25,
 ) -> Curves:
     """Train all members to the end, `group_size` of them at a time, going on from the checkpoint if there is one.
 
     A group trains through all its steps and is freed before the next one is built. A group that does not fit
-    in the device's memory starts again with half the members, and so do those after it. After a checkpoint
-    the groups keep the size that they had.
+    in the device's memory starts again with half the members, a single member with its batches in twice as many
+    parts, and so do those after it. After a checkpoint the groups keep the size that they had.
 
     Args:
         members: whom to train; the curves have them in this order.
@@ -226,12 +245,15 @@ def train(
             at once. The caller removes it when the curves are safe.
         settings_hash: which settings the checkpoint belongs to.
         device: whose energy is measured: that of the trainers.
+        processes: who trains with this one; every one of them calls this function with the same arguments.
+        micro_batches: parts of a batch that follow one another, their gradients added up, to take less memory.
         report: called with the updates done, counted over all members, at most every `report_seconds`, since
             a GPU is waited for each time, and after the last step of a group.
 
     Raises:
-        UserError: a loss or gradient is not finite before the first update.
-        MachineError: a single member does not fit in the device's memory.
+        UserError: a loss or gradient is not finite before the first update; a batch cannot be divided among so many
+            processes and parts.
+        MachineError: a single member does not fit in the device's memory, with one sequence at a time.
         OSError: the checkpoint cannot be written.
         Interrupted: SIGTERM or SIGINT came; a checkpoint was written first.
     """
@@ -244,30 +266,39 @@ def train(
         "grad_norm": torch.full((len(members), training.steps), torch.nan),
         "val_loss": torch.full((len(members), len(evaluation_step)), torch.nan),
     }
-    position = Position(trained_members=0, group_size=group_size, step=0)
+    position = Position(trained_members=0, group_size=group_size, step=0, micro_batches=micro_batches)
     state: dict[str, Tensor] = {}
     before = NOTHING
-    if checkpoint and (saved := load_checkpoint(checkpoint, settings_hash)):
+    if checkpoint and (saved := processes.leader_first(partial(load_checkpoint, checkpoint, settings_hash))):
         tensors, position = saved
         curves, state = _under("curves.", tensors), _under("group.", tensors)
         before = Spent(float(tensors.pop("seconds")), float(tensors.pop("joules", torch.tensor(torch.nan))))
+        before = before if processes.leads else before._replace(joules=0.0)  # one of them counts what all have spent
         tensors.clear()
+    _check_division(training.batch_size, processes.count, position.micro_batches)
     meter = Meter(device, before)
     began = last_saved = last_reported = time.monotonic()
     updates = 0  # since `began`, counted over members
 
+    def spent() -> Spent:
+        mine = meter.read()
+        return mine._replace(joules=processes.total(mine.joules))
+
     def save(position: Position, state: Mapping[str, Tensor]) -> None:
         assert checkpoint
-        tensors = {f"curves.{name}": curve for name, curve in curves.items()}
-        tensors |= {f"group.{name}": tensor for name, tensor in state.items()}
-        tensors |= {name: torch.tensor(n, dtype=torch.float64) for name, n in meter.read()._asdict().items()}
-        save_checkpoint(checkpoint, tensors, settings_hash, position)
+        numbers = spent()._asdict()
+        if processes.leads:
+            tensors = {f"curves.{name}": curve for name, curve in curves.items()}
+            tensors |= {f"group.{name}": tensor for name, tensor in state.items()}
+            tensors |= {name: torch.tensor(n, dtype=torch.float64) for name, n in numbers.items()}
+            save_checkpoint(checkpoint, tensors, settings_hash, position)
 
     def train_group(position: Position, state: dict[str, Tensor]) -> None:
         nonlocal last_saved, last_reported, updates
-        trained, size, start = position
+        trained, size, start, _ = position
         group = members[trained : trained + size]
-        trainer = make_trainer(group)
+        trainer = processes.in_memory(partial(make_trainer, group))
+        trainer.micro_batches = position.micro_batches
         if state:
             trainer.load_state(state)
             state.clear()
@@ -281,7 +312,7 @@ def train(
 
         for step in range(start, training.steps):
             if step in evaluation_step:
-                own["val_loss"][:, evaluation_step.index(step)] = held_out_losses(trainer.model, batches)
+                own["val_loss"][:, evaluation_step.index(step)] = trainer.held_out_losses(batches)
             losses, norms = trainer.step(step, learning_rate_factor(step, training))
             own["train_loss"][:, step], own["grad_norm"][:, step] = losses, norms
             if step == 0:
@@ -295,38 +326,47 @@ def train(
                 rate = updates * training.batch_size * training.context_length / (last_reported - began)
                 done = trained * training.steps + len(group) * (step + 1)
                 report(done, f"loss {best:.3f}, {rate:,.0f} tokens/s")
-            signal_name = signal_came()
-            if checkpoint and (now - last_saved >= checkpoint_seconds or signal_name):
+            # Processes that share the work end at the same step, and the first one's clock says when to save.
+            due = processes.leads and now - last_saved >= checkpoint_seconds
+            interrupted, due = processes.any(bool(signal_came()), due)
+            if checkpoint and (due or interrupted):
                 last_saved = now
                 bring_over()
                 save(position._replace(step=step + 1), trainer.state())
-            if signal_name:
-                raise Interrupted(signal_name, checkpoint)
-        own["val_loss"][:, -1] = held_out_losses(trainer.model, batches)
+            if interrupted:
+                raise Interrupted(signal_came() or "a signal", checkpoint)
+        own["val_loss"][:, -1] = trainer.held_out_losses(batches)
         bring_over()
 
     with noted_signals() as signal_came:
         while (trained := position.trained_members) < len(members):
             try:
                 train_group(position, state)
-                position = Position(trained + position.group_size, position.group_size, 0)
+                position = position._replace(trained_members=trained + position.group_size, step=0)
             except torch.OutOfMemoryError:
                 size = min(position.group_size, len(members) - trained)
-                if size == 1:
+                if size > 1:
+                    position = position._replace(group_size=size // 2, step=0)
+                    log.warning(
+                        "Out of memory: %d members of width %d at once; going on with %d", size, width, size // 2
+                    )
+                elif parts := _more_micro_batches(training.batch_size // processes.count, position.micro_batches):
+                    position = position._replace(group_size=1, step=0, micro_batches=parts)
+                    log.warning("Out of memory: 1 member of width %d; going on with batches in %d parts", width, parts)
+                else:
                     raise MachineError(
-                        f"width {width}: a single member does not fit in the device's memory with training.batch_size "
-                        f"{training.batch_size}; make batch_size smaller or use a device with more memory"
+                        f"width {width}: a single member does not fit in the device's memory with one sequence of "
+                        f"{training.context_length} tokens at a time; make training.context_length smaller or use a "
+                        "device with more memory"
                     ) from None
-                position = Position(trained, size // 2, 0)
-                log.warning("Out of memory: %d members of width %d at once; going on with %d", size, width, size // 2)
             state.clear()
             # What the group leaves goes back to the device before the next one asks for memory.
             gc.collect()
             torch.cuda.empty_cache()
         if checkpoint and updates:
             save(position, {})
-        if signal_name := signal_came():  # too late for a step to see it
-            raise Interrupted(signal_name, checkpoint)
+        if processes.any(bool(signal_came()))[0]:  # too late for a step to see it
+            raise Interrupted(signal_came() or "a signal", checkpoint)
 
     # From its first loss that is not finite a member has no losses any more, whatever its arithmetic gives.
     alive = curves["train_loss"].isfinite().cumprod(1).bool()
@@ -342,7 +382,7 @@ def train(
         evaluation_step=np.array(evaluation_step),
         val_loss=curves["val_loss"].numpy(),
         diverged=(~(final <= untrained)).numpy(),
-        spent=meter.read(),
+        spent=spent(),
         evaluated_tokens=len(evaluation_step) * held_out[..., 1:].numel(),
     )
 
@@ -356,6 +396,19 @@ def check_untrained(members: Sequence[Member], finite: Tensor, width: int) -> No
             f"width {width}: rule set {member.rules}{trial}: the model is not finite before the first update, so that "
             "no learning rate is to blame; make model.initial_scale smaller, or model.norm_epsilon larger"
         )
+
+
+def _check_division(batch_size: int, processes: int, micro_batches: int) -> None:
+    if batch_size % (processes * micro_batches):
+        raise UserError(
+            f"training.batch_size: {batch_size}: cannot be divided among {processes} processes with --micro-batches "
+            f"{micro_batches}; their product must be one of its divisors"
+        )
+
+
+def _more_micro_batches(sequences: int, parts: int) -> int | None:
+    """At least twice as many parts of so many sequences; None where each has but one already."""
+    return next((more for more in range(2 * parts, sequences + 1) if sequences % more == 0), None)
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
