@@ -46,8 +46,17 @@ def is_said_as(error: BaseException, name: str) -> None:
     _matches(how.line, how.exit_code, name)
 
 
+def is_logged_as_on_the_page(message: str) -> None:
+    """Assert that the page shows this line of a job's log, in a block of its own."""
+    shown = [line.strip() for line in PAGE.read_text("utf-8").splitlines() if line.startswith("    ")]
+    assert any(re.fullmatch(_pattern(line), message) for line in shown), message
+
+
 def _matches(line: str, exit_code: int, name: str) -> None:
     fault = faults()[name]
-    pattern = ".+".join(map(re.escape, re.split(r"<[^>]+>", fault.line)))
-    assert re.fullmatch(pattern, line), f"\n{line}\nis not\n{fault.line}"
+    assert re.fullmatch(_pattern(fault.line), line), f"\n{line}\nis not\n{fault.line}"
     assert exit_code == fault.exit_code
+
+
+def _pattern(line: str) -> str:
+    return ".+".join(map(re.escape, re.split(r"<[^>]+>", line)))

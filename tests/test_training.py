@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from reliability import is_said_as
+from reliability import is_logged_as_on_the_page, is_said_as
 
 from gdn_mup.corpus.tokens import TokenFile
 from gdn_mup.errors import MachineError
@@ -361,6 +361,7 @@ def test_a_checkpoint_that_does_not_fit_is_set_aside(
         finished = run(make_trainer(MEMBERS, tokens), validation, **options)
         (message,) = caplog.messages
         assert says in message and f"set aside as {aside}" in message
+        is_logged_as_on_the_page(message)
         assert (tmp_path / aside).read_bytes() == content
         np.testing.assert_array_equal(finished.train_loss, undisturbed.train_loss)
         checkpoint.unlink()
