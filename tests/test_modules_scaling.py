@@ -234,8 +234,12 @@ def unreadable(width: int) -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (alone(mixing=lambda w: (w, w)), r"mixing: \(32, 32\) grows to \(128, 128\) in a Bare.*axes=\{'\*\.mixing'"),
-        (lambda w: nn.Bilinear(w, w, w), r"weight: .* in a Bilinear, whose type does not say which axis is fan-in"),
+        (
+            alone(mixing=lambda w: (w, w)),
+            r"mixing: \(32, 32\) grows to \(128, 128\) in a Bare.*axes=\{'\*\.mixing'.*'out in' or 'in out'",
+        ),
+        (alone(table=lambda w: (8, w)), r"table: \(8, 32\) grows to \(8, 128\).*'stack out' or 'stack in'"),
+        (lambda w: nn.Bilinear(w, w, w), r"weight: .* in a Bilinear, whose type does not say what is summed over"),
         (Shared, r"one\.weight: shared by modules that use it differently \(Linear one, Module two\): untie it"),
         (lambda w: nn.Sequential(*[nn.Linear(w, w) for _ in range(w // 32)]), r"1\.bias is a parameter at width 32 or"),
         (lambda w: nn.Linear(8, 8), "have equal shapes: use the width"),
@@ -243,7 +247,7 @@ def unreadable(width: int) -> nn.Module:
         (unreadable, r"make_model\(32\): .*without reading any tensor's values"),
         (lambda w: nn.MultiheadAttention(w, 4), r"head_dim grows from 8 to 32.*output_multipliers=.*0\.5"),
     ],
-    ids=["bare", "bilinear", "shared", "deeper", "constant", "list", "item", "attention"],
+    ids=["bare", "table", "bilinear", "shared", "deeper", "constant", "list", "item", "attention"],
 )
 def test_what_shapes_leave_open_is_refused_in_one_line(make, message):
     with pytest.raises(UserError, match=message) as error:

@@ -158,7 +158,8 @@ def outputs(model: nn.Module, batch: Any, loss: Loss | None) -> dict[str, Tensor
 
 
 def loss_of(model: nn.Module, batch: Any, loss: Loss | None) -> Tensor:
-    """The loss of a batch; UserError if nobody has said how to compute it."""
+    """The loss of a batch, moved to the model's device; UserError if nobody has said how to compute it."""
+    batch = _moved(batch, next(model.parameters()).device)
     if loss is not None:
         return loss(model, batch)
     if isinstance(batch, Tensor) and not batch.is_floating_point():
@@ -169,6 +170,14 @@ def loss_of(model: nn.Module, batch: Any, loss: Loss | None) -> Tensor:
             "loss: None: the model returns none for a batch of token ids or a dict: give loss=lambda model, batch: ..."
         )
     return value
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {name: _moved(value, device) for name, value in batch.items()}
+    return tuple(_moved(value, device) for value in batch) if isinstance(batch, tuple | list) else batch
 
 
 def _as_the_rules_say(learning_rate: float) -> Setup:

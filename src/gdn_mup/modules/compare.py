@@ -1,6 +1,6 @@
 """Two surveys side by side: how every parameter grows, or why that cannot be said."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -58,73 +58,80 @@ def compare(base: Survey, target: Survey, probe: Survey, splits: Mapping[str, Sp
                 f"make_model: {only[0]} is a parameter at width {base.width} or at {other.width}, not at both"
                 f"{_and_others(only)}: keep depth and options equal and change the width alone"
             )
-    known = _feature_growths(base, probe)
     vocabularies = {
         (one.shape[0], other.shape[0])
         for one, other in _pairs(base, probe)
         if one.kind is Kind.LOOKUP and one.shape[0] != other.shape[0]
     }
-    return {name: _entry(name, base, target, probe, splits, known, vocabularies) for name in target.parameters}
+    evidence = _Evidence(_feature_growths(base, probe), vocabularies, splits)
+    return {name: _entry(name, (base, target, probe), evidence) for name in target.parameters}
 
 
-def _entry(
-    name: str,
-    base: Survey,
-    target: Survey,
-    probe: Survey,
-    splits: Mapping[str, Split | str],
-    known: set[Fraction],
-    vocabularies: set[tuple[int, int]],
-) -> Entry:
-    trio = one, here, wide = tuple(s.parameters[name] for s in (base, target, probe))
-    width, holder = target.width / base.width, here.holders[0]
-    notes: list[str] = []
-    parts: tuple[Part, ...] = ()
-    groups = 1
-    if one.fans is None or here.fans is None or wide.fans is None:
-        if one.shape != wide.shape or len(one.shape) != len(wide.shape):
-            raise UserError(_unclear(name, one, wide))
-        parts = (Part(1, Axes.NONE, Growth(1.0, 1.0, width)),)
-    elif (one.kind is Kind.MATRIX or holder.is_bias) and _rows(one, wide) in vocabularies:
-        notes.append("its rows are the vocabulary, which is no width")
-        one, here, wide = (s._replace(fans=_fans(s)._replace(fan_out=1)) for s in trio)
-    elif one.kind in (Kind.MATRIX, Kind.CONVOLUTION) or holder.is_bias:
-        split = _split(holder, splits)
-        if callable(split) and one.shape[0] != wide.shape[0]:
-            rows = [rows_of(split, parameter.holders[0].parent) for parameter in trio]
-            _check_rows(name, rows, trio)
-            parts, groups = _split_parts(rows, trio, width), rows[1].groups
-            notes.append(f"parts of {', '.join(map(str, rows[1].sizes))} rows")
-        elif split != WHOLE and _growth_of_rows(one, wide) not in known:
-            pattern = repr("*." + holder.path.rpartition(".")[2])
-            raise UserError(
-                f"{name}: its fan-out grows from {_fans(one).fan_out} (width {base.width}) to {_fans(wide).fan_out} "
-                f"({probe.width}), as nothing else does: if its rows are several matrices, say their sizes, "
-                f"parts={{{pattern}: lambda parent: [...]}}; if they are one, parts={{{pattern}: 'whole'}}"
-            )
-    if not parts:
-        parts = (_part(1, _fans(one), _fans(here), _fans(wide), width),)
-    if here.tied_readouts:
-        notes.append(f"tied: {', '.join(here.tied_readouts)} multiplies by it")
-    kind = Kind.VECTOR if here.fans is None else here.fans.kind
+class _Evidence(NamedTuple):
+    """What decides whether the rows of a matrix are one axis: growths that features have, vocabularies, splits."""
+
+    growths: set[Fraction]
+    vocabularies: set[tuple[int, int]]  # rows of lookup tables that differ between the widths
+    splits: Mapping[str, Split | str]
+
+
+class _Found(NamedTuple):
+    parts: tuple[Part, ...]
+    groups: int = 1
+    notes: tuple[str, ...] = ()
+
+
+def _entry(name: str, surveys: tuple[Survey, Survey, Survey], evidence: _Evidence) -> Entry:
+    one, here, wide = (s.parameters[name] for s in surveys)
+    found = _find_parts(name, surveys, (one, here, wide), evidence)
+    tied = (f"tied: {', '.join(here.tied_readouts)} multiplies by it",) if here.tied_readouts else ()
     return Entry(
         name,
         base_shape=one.shape,
         shape=here.shape,
-        kind=kind,
-        parts=parts,
-        groups=groups,
+        kind=here.kind or Kind.VECTOR,
+        parts=found.parts,
+        groups=found.groups,
         base_law=one.law,
         law=here.law,
         readouts=here.tied_readouts,
-        module=type(holder.module).__name__,
-        notes=tuple(notes),
+        module=type(here.holders[0].module).__name__,
+        notes=(*found.notes, *tied),
     )
 
 
-def _fans(parameter: Surveyed) -> Fans:
-    assert parameter.fans is not None
-    return parameter.fans
+def _find_parts(
+    name: str, surveys: tuple[Survey, Survey, Survey], trio: tuple[Surveyed, Surveyed, Surveyed], evidence: _Evidence
+) -> _Found:
+    """How the rows of a parameter grow: as one, or part by part."""
+    (base, target, probe), (one, here, wide) = surveys, trio
+    width, holder = target.width / base.width, here.holders[0]
+    if one.fans is None or here.fans is None or wide.fans is None:
+        if one.shape != wide.shape:
+            raise UserError(_unclear(name, one, wide))
+        return _Found((Part(1, Axes.NONE, Growth(1.0, 1.0, width)),))
+    fans = one.fans, here.fans, wide.fans
+    if one.kind not in (Kind.MATRIX, Kind.CONVOLUTION) and not holder.is_bias:
+        return _Found((_part(1, *fans, width),))
+    if one.kind is not Kind.CONVOLUTION and (one.shape[0], wide.shape[0]) in evidence.vocabularies:
+        first, second, third = (f._replace(fan_out=1) for f in fans)
+        return _Found(
+            (_part(1, first, second, third, width),), notes=("its rows are the vocabulary, which is no width",)
+        )
+    split = _split(holder, evidence.splits)
+    if callable(split) and one.shape[0] != wide.shape[0]:
+        rows = [rows_of(split, parameter.holders[0].parent) for parameter in trio]
+        _check_rows(name, rows, trio)
+        note = f"parts of {', '.join(map(str, rows[1].sizes))} rows"
+        return _Found(_split_parts(rows, fans, width), rows[1].groups, (note,))
+    if split != WHOLE and Fraction(wide.fans.fan_out, one.fans.fan_out) not in evidence.growths:
+        pattern = repr("*." + holder.path.rpartition(".")[2])
+        raise UserError(
+            f"{name}: its fan-out grows from {one.fans.fan_out} (width {base.width}) to {wide.fans.fan_out} "
+            f"({probe.width}), as nothing else does: if its rows are several matrices, say their sizes, "
+            f"parts={{{pattern}: lambda parent: [...]}}; if they are one, parts={{{pattern}: 'whole'}}"
+        )
+    return _Found((_part(1, *fans, width),))
 
 
 def _part(rows: int, one: Fans, here: Fans, wide: Fans, width: float) -> Part:
@@ -132,18 +139,17 @@ def _part(rows: int, one: Fans, here: Fans, wide: Fans, width: float) -> Part:
     return Part(rows, axes, Growth(here.fan_in / one.fan_in, here.fan_out / one.fan_out, width))
 
 
-def _split_parts(rows: list[Rows], parameters: tuple[Surveyed, ...], width: float) -> tuple[Part, ...]:
+def _split_parts(rows: Sequence[Rows], fans: Sequence[Fans], width: float) -> tuple[Part, ...]:
     parts = []
     for i, size in enumerate(rows[1].sizes):
         one, here, wide = (
-            _fans(parameter)._replace(fan_out=split.groups * split.sizes[i])
-            for parameter, split in zip(parameters, rows, strict=True)
+            f._replace(fan_out=split.groups * split.sizes[i]) for f, split in zip(fans, rows, strict=True)
         )
         parts.append(_part(size, one, here, wide, width))
     return tuple(parts)
 
 
-def _check_rows(name: str, rows: list[Rows], parameters: tuple[Surveyed, ...]) -> None:
+def _check_rows(name: str, rows: Sequence[Rows], parameters: Sequence[Surveyed]) -> None:
     for split, parameter in zip(rows, parameters, strict=True):
         if split.total != parameter.shape[0] or len(split.sizes) != len(rows[0].sizes) or min(split.sizes) < 1:
             raise UserError(
@@ -176,14 +182,6 @@ def _pairs(base: Survey, other: Survey) -> Iterator[tuple[Surveyed, Surveyed]]:
     return ((one, other.parameters[name]) for name, one in base.parameters.items())
 
 
-def _rows(one: Surveyed, wide: Surveyed) -> tuple[int, int]:
-    return one.shape[0], wide.shape[0]
-
-
-def _growth_of_rows(one: Surveyed, wide: Surveyed) -> Fraction:
-    return Fraction(_fans(wide).fan_out, _fans(one).fan_out)
-
-
 def _split(holder: Holder, splits: Mapping[str, Split | str]) -> Split | str | None:
     """What the user says of a layer's rows, or else what is known of it."""
     for pattern, split in splits.items():
@@ -197,11 +195,22 @@ def _unclear(name: str, one: Surveyed, wide: Surveyed) -> str:
     if len(one.holders) > 1:
         users = ", ".join(f"{type(h.module).__name__} {h.path}" for h in one.holders)
         return f"{name}: shared by modules that use it differently ({users}): untie it"
-    example = " ".join(["out", "in", *["stack"] * len(one.shape)][: len(one.shape)])
+    grown = [i for i, sizes in enumerate(zip(one.shape, wide.shape, strict=False)) if sizes[0] != sizes[1]]
+
+    def named(*roles: str) -> str:
+        names = ["stack"] * len(one.shape)
+        for axis, role in zip(grown, roles, strict=False):
+            names[axis] = role
+        return repr(" ".join(names))
+
+    examples = (
+        f"{named('out')} or {named('in')}" if len(grown) == 1 else f"{named('out', 'in')} or {named('in', 'out')}"
+    )
+    pattern = repr("*." + name.rpartition(".")[2])
     return (
-        f"{name}: {one.shape} grows to {wide.shape} in a {module}, whose type does not say which axis is fan-in: "
-        f"name the axes, axes={{{'*.' + name.rpartition('.')[2]!r}: {example!r}}} (`in` is summed over, `stack` holds "
-        "copies side by side), or 'vector'"
+        f"{name}: {one.shape} grows to {wide.shape} in a {module}, whose type does not say what is summed over: name "
+        f"the axes, axes={{{pattern}: ...}}, such as {examples} (`in` is summed over, `stack` holds copies side by "
+        "side), or 'vector'"
     )
 
 

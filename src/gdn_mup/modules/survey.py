@@ -35,7 +35,6 @@ class Surveyed(NamedTuple):
     fans: Fans | None
     law: Law | None
     holders: tuple[Holder, ...]
-    requires_grad: bool
 
     @property
     def kind(self) -> Kind | None:
@@ -84,7 +83,7 @@ def survey(make_model: MakeModel, width: int, axes: Mapping[str, str]) -> Survey
             except ValueError as error:
                 raise UserError(f"axes: {names[0]}: {error}") from None
             shape, law = tuple(parameter.shape), recorder.law(parameter)
-            parameters[names[0]] = Surveyed(shape, found, law, holders, parameter.requires_grad)
+            parameters[names[0]] = Surveyed(shape, found, law, holders)
     return Survey(width, model, parameters)
 
 
