@@ -40,9 +40,9 @@ def findings(dataset: xr.Dataset) -> list[Finding]:
     """Everything that is off, parameters before the outputs that they cause.
 
     A parameter departs from the rules if its init, its learning rate or its weight decay scales otherwise than they
-    say, if its first AdamW update departs from its learning rate (ε bites), or if it is not trained at all. An output is off
-    if it or its change grows with width, or shrinks: by more than 0.25 in the exponent and with an interval without 0.
-    Outputs of readouts, to which the rules give an init ∝ 1/width, may shrink as width^-½.
+    say, if its first AdamW update departs from its learning rate (ε bites), or if it is not trained at all. An output
+    is off if it or its change grows with width, or shrinks: by more than 0.25 in the exponent and with an interval
+    without 0. Outputs of readouts, to which the rules give an init ∝ 1/width, may shrink as width^-½.
     """
     return [*_of_parameters(dataset), *_of_outputs(dataset)]
 
@@ -70,7 +70,7 @@ def _of_parameters(dataset: xr.Dataset) -> Iterator[Finding]:
             yield _finding(rate, i, name, "learning rate over what the rule says", "its learning rate")
         if _off(decay, i, EXACT):
             yield _finding(decay, i, name, "learning rate × weight decay", "its weight decay")
-        # A few entries with gradients about as small as ε are no mistake of scaling, so that this is a matter of degree.
+        # A few entries with gradients about as small as ε are no mistake of scaling: this is a matter of degree.
         if adam and (gradient[i] > 0).all() and _off(update, i, FLAT):
             yield _finding(update, i, name, "first update over learning rate", "its ε, larger than its gradient")
 
