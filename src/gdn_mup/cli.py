@@ -558,11 +558,7 @@ def _prepare(planned: _Planned, corpus: Path, threads: int | None, device: str, 
         from gdn_mup.training.memory import members_that_fit
 
         batches = validation.fixed_batches(1, training.batch_size, training.context_length)
-        try:
-            fit = members_that_fit(members, make_trainer, torch.from_numpy(batches))
-        except torch.OutOfMemoryError:  # not even one, unless its batches are divided
-            fit = 1
-        return processes.smallest(fit)
+        return processes.smallest(members_that_fit(members, make_trainer, torch.from_numpy(batches)))
 
     check_writable(output)
     name = torch.cuda.get_device_name() if cuda else processor()

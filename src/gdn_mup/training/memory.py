@@ -29,7 +29,7 @@ def members_that_fit(
     free, _ = torch.cuda.mem_get_info()
     try:
         one, two = (_peak(make_trainer, members[:count], batches) for count in (1, 2))
-    except torch.OutOfMemoryError:
+    except torch.OutOfMemoryError:  # perhaps not even one, unless its batches are divided
         return 1
     each = max(two - one, 1)
     fit = max(1, min(len(members), int((SHARE * free - (one - each)) / each)))
