@@ -70,7 +70,7 @@ lint: environment
 	mypy
 	snakefmt --check Snakefile workflow
 	snakemake --lint
-	nbstripout --verify notebooks/*.ipynb
+	nbstripout --verify notebooks/*.ipynb docs/*.ipynb
 
 docs: environment
 	mkdocs build --strict
@@ -81,7 +81,7 @@ format: environment
 	ruff check --fix
 	ruff format
 	snakefmt Snakefile workflow
-	nbstripout notebooks/*.ipynb
+	nbstripout notebooks/*.ipynb docs/*.ipynb
 
 reference: environment
 	python -m gdn_mup.study.reference

@@ -136,6 +136,15 @@ def test_no_markdown_is_left_as_text(site: Path) -> None:
         assert not [left for left in ("](", "{{", "--8<--", "$$", "**") if left in text], path.name
 
 
+def test_the_tutorial_is_shown_and_there_to_be_fetched(site: Path) -> None:
+    found = page(site, "tutorial.html")
+    shown = "".join(block.text for block in found("pre"))
+    assert "Scaling.between(Model, base=BASE, target=WIDE)" in shown and "coordinate_check(Model" in shown
+    assert [heading for heading in found("h2") if "What to do next" in heading.text]
+    (link,) = {anchor["href"] for anchor in found("a") if anchor.get("href", "").endswith(".ipynb")}
+    assert (site / link).read_bytes() == (ROOT / "docs/tutorial.ipynb").read_bytes()
+
+
 def references(page: BeautifulSoup) -> list[str]:
     """What a browser fetches to show a page."""
     fetched = [(tag, name) for tag in page(True) for name in ("src", "srcset", "data", "poster") if tag.get(name)]
@@ -163,7 +172,7 @@ def test_pages_fit_a_phone_and_the_search_works_from_disk(site: Path, browser) -
         browser.execute_cdp_cmd(
             "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
         )
-        for name in ("index", "rules", "your_model", "study", "results", "faq", "reference/scaling"):
+        for name in ("index", "rules", "your_model", "tutorial", "study", "results", "faq", "reference/scaling"):
             browser.get((site / f"{name}.html").as_uri())
             assert browser.execute_script("return document.documentElement.scrollWidth") <= 390, name
     finally:

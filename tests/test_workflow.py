@@ -148,7 +148,7 @@ def test_notebooks_are_given_exactly_the_parameters_that_they_name(workflow: Wor
 
 
 def test_notebooks_are_kept_without_outputs():
-    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+    for path in sorted([*(ROOT / "notebooks").glob("*.ipynb"), *(ROOT / "docs").glob("*.ipynb")]):
         cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
         assert cells and not any(cell.outputs or cell.execution_count for cell in cells), path.name
 

@@ -225,6 +225,13 @@ def output_of(page: str, before: str) -> str:
     return f"```text\n{printed.getvalue()}```"
 
 
+def notebook(name: str) -> str:
+    """The cells of a notebook beside the pages, as they are kept: without outputs."""
+    cells = json.loads(Path("docs", name).read_text("utf-8"))["cells"]
+    shown = {"markdown": "{}", "code": "```python\n{}\n```"}
+    return "\n\n".join(shown[cell["cell_type"]].format("".join(cell["source"])) for cell in cells)
+
+
 PARTS = {
     function.__name__: function
     for function in (
@@ -239,5 +246,6 @@ PARTS = {
         claims,
         commands,
         markdown_reference,
+        notebook,
     )
 }
