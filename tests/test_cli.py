@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from workflow_copy import ROOT, TINY
+from workflow_copy import ROOT, TINY, TINY_EXPERIMENT
 
 from gdn_mup.errors import EXIT_MACHINE
 from gdn_mup.study.datasets import open_dataset, open_job
@@ -17,58 +17,20 @@ from gdn_mup.study.plan import SECTIONS, load_study
 
 STUDY = {
     **TINY,
-    "training": {"steps": 4, "warmup_steps": 1, "batch_size": 2, "context_length": 16, "evaluation_batches": 1},
     "coordinate_checks": [
-        {
-            "growth": "heads",
-            "optimizer": "sgd",
-            "rules": ["sp", "gdn_mup"],
-            "widths": [16, 32],
-            "seeds": [0],
-            "learning_rate": 0.1,
-            "steps": [0, 1],
-        }
+        TINY_EXPERIMENT | {"optimizer": "sgd", "learning_rate": 0.1, "steps": [0, 1]},
     ],
     "multiplier_checks": [
-        {
-            "growth": "heads",
-            "rules": ["sp", "gdn_mup"],
-            "widths": [16, 32],
-            "seeds": [0],
-            "learning_rate": 0.01,
-            "steps": [0, 1],
-        }
+        TINY_EXPERIMENT | {"learning_rate": 0.01, "steps": [0, 1]},
     ],
     "clipping_checks": [
-        {
-            "growth": "heads",
-            "rules": ["sp", "gdn_mup"],
-            "widths": [16, 32],
-            "seeds": [0],
-            "learning_rates": {"log2_first": -2, "log2_last": 0},
-            "training": {"clip_norm": 0.5},
-        }
+        TINY_EXPERIMENT | {"learning_rates": {"log2_first": -2, "log2_last": 0}, "training": {"clip_norm": 0.5}},
     ],
     "tunings": [
-        {
-            "growth": "heads",
-            "optimizer": "adamw",
-            "rules": ["sp", "gdn_mup"],
-            "widths": [16, 32],
-            "seeds": [0],
-            "learning_rates": {"log2_first": -6, "log2_last": -6},
-            "trials": 3,
-        }
+        TINY_EXPERIMENT | {"optimizer": "adamw", "learning_rates": {"log2_first": -6, "log2_last": -6}, "trials": 3},
     ],
     "sweeps": [
-        {
-            "growth": "heads",
-            "optimizer": "adamw",
-            "rules": ["sp", "gdn_mup"],
-            "widths": [16, 32],
-            "seeds": [0],
-            "learning_rates": {"log2_first": -8, "log2_last": -6},
-        }
+        TINY_EXPERIMENT | {"optimizer": "adamw", "learning_rates": {"log2_first": -8, "log2_last": -6}},
     ],
 }
 

@@ -20,16 +20,16 @@ import pytest
 import xarray as xr
 import yaml
 from reliability import PAGE, ends_as, faults, is_said_as
-from workflow_copy import ROOT, TINY, WorkflowCopy
+from workflow_copy import ROOT, TINY, TINY_EXPERIMENT, WorkflowCopy
 
 from gdn_mup.errors import EXIT_INTERRUPTED, EXIT_MACHINE, TRACEBACK, ending
 from gdn_mup.model.kernels import check_head_dim
 from gdn_mup.study.datasets import open_job
 
-EXPERIMENT = {"growth": "heads", "rules": ["gdn_mup"], "widths": [16], "seeds": [0]}
+EXPERIMENT = TINY_EXPERIMENT | {"rules": ["gdn_mup"], "widths": [16]}
 STUDY = {
     **TINY,
-    "training": {"steps": 20, "warmup_steps": 1, "batch_size": 2, "context_length": 16, "evaluation_batches": 1},
+    "training": TINY["training"] | {"steps": 20},
     "multiplier_checks": [EXPERIMENT | {"learning_rate": 0.01, "steps": [0, 10**9]}],
     "sweeps": [EXPERIMENT | {"optimizer": "adamw", "learning_rates": {"log2_first": -7, "log2_last": -6}}],
 }

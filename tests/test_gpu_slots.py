@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from workflow_copy import ROOT, TINY, WorkflowCopy
+from workflow_copy import ROOT, TINY, TINY_EXPERIMENT, WorkflowCopy
 
 from gdn_mup.errors import UserError
 from gdn_mup.training.gpu_slots import FOLDER_VARIABLE, free_gpus, take_gpus, usable_gpus
@@ -229,14 +229,12 @@ def test_a_folder_that_others_could_write_is_refused(
 
 STUDY = {
     **TINY,
-    "training": {"steps": 4, "warmup_steps": 1, "batch_size": 2, "context_length": 16, "evaluation_batches": 1},
     "sweeps": [
-        {
-            "growth": "heads",
+        TINY_EXPERIMENT
+        | {
             "optimizer": "adamw",
             "rules": ["sp"],
             "widths": [16],
-            "seeds": [0],
             "learning_rates": {"log2_first": -8, "log2_last": -7},
         }
     ],

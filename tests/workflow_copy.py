@@ -12,7 +12,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 
-# A corpus of real text and a model that are made and trained in seconds.
+# A corpus of real text and a model that are made and trained in seconds; and what an experiment on it needs.
 TINY = {
     "corpus": {
         "maximum_bytes": 300_000,
@@ -21,22 +21,15 @@ TINY = {
         "validation_fraction": 0.3,
     },
     "model": {"base_width": 16, "layers": 1, "heads": 2, "head_dim": 8, "value_head_dim": 8, "mlp_ratio": 2},
+    "training": {"steps": 4, "warmup_steps": 1, "batch_size": 2, "context_length": 16, "evaluation_batches": 1},
 }
+TINY_EXPERIMENT = {"growth": "heads", "rules": ["sp", "gdn_mup"], "widths": [16, 32], "seeds": [0]}
 
 # A study whose jobs train for seconds, so that they can be caught at it.
 LONG_ENOUGH_TO_KILL = {
     **TINY,
-    "training": {"steps": 600, "warmup_steps": 10, "batch_size": 2, "context_length": 16, "evaluation_batches": 1},
-    "sweeps": [
-        {
-            "growth": "heads",
-            "optimizer": "adamw",
-            "rules": ["sp", "gdn_mup"],
-            "widths": [16, 32],
-            "seeds": [0],
-            "learning_rates": {"log2_first": -8, "log2_last": -5},
-        }
-    ],
+    "training": TINY["training"] | {"steps": 600, "warmup_steps": 10},
+    "sweeps": [TINY_EXPERIMENT | {"optimizer": "adamw", "learning_rates": {"log2_first": -8, "log2_last": -5}}],
 }
 
 SOURCES = (

@@ -14,6 +14,7 @@ from gdn_mup.errors import TRACEBACK, MachineError, UserError, end
 from gdn_mup.interrupt import raised_signals
 
 if TYPE_CHECKING:  # torch and xarray take seconds to import: only the commands that train pay for them
+    import pandas as pd
     import xarray as xr
     from rich.console import Console
 
@@ -125,8 +126,6 @@ def cost(
     ] = Path("results/reference/h200/lr_sweep.nc"),
 ) -> None:
     """Predict what a study costs: its FLOPs, counted, and hours and energy at the speed of sweeps that were run."""
-    from rich.table import Table
-
     from gdn_mup.study.cost import planned_costs
     from gdn_mup.study.datasets import open_dataset
     from gdn_mup.study.plan import load_study
@@ -137,10 +136,7 @@ def cost(
     table = planned_costs(loaded, lambda job: _rules_trained(loaded, job), dataset)
     printed = printed_costs(table).drop(columns=["diverged", "device"])
     speed = f"{table.device.iloc[0]} at widths {dataset.width.values.min()} to {dataset.width.values.max()}"
-    shown = Table(*printed.columns, title=f"{study}, at the speed of {speed}")
-    for row in printed.itertuples(index=False):
-        shown.add_row(*map(str, row))
-    _console().print(shown)
+    _show(printed, f"{study}, at the speed of {speed}")
 
 
 def _rules_trained(study: "Study", job: "Job") -> int:
@@ -162,8 +158,6 @@ def rules(
     growth: Annotated[str | None, typer.Option(help="Only `heads` or only `head_dim`.")] = None,
 ) -> None:
     """Show how each rule set scales each parameter, as powers of m = width / base width, next to the paper's."""
-    from rich.table import Table
-
     from gdn_mup.study.tables import printed_scaling_rules, scaling_rules
 
     table = scaling_rules()
@@ -172,10 +166,7 @@ def rules(
             raise UserError(f"--growth: {growth!r}: use {' or '.join(dict.fromkeys(table.growth))}")
         table = table[table.growth == growth]
     printed = printed_scaling_rules(table)
-    shown = Table(*printed.columns, title="Multipliers between the base width and m times that width")
-    for row in printed.itertuples(index=False):
-        shown.add_row(*map(str, row))
-    _console().print(shown)
+    _show(printed, "Multipliers between the base width and m times that width")
 
 
 @app.command()
@@ -221,13 +212,10 @@ def sweep(
     device: Device = "auto",
 ) -> None:
     """Train every rule set and learning rate of one width, side by side, on the same batches."""
-    from gdn_mup.progress import progress
-
     planned = _planned(study, "lr_sweep", growth, optimizer, width, seed)
     ready = _prepare(planned, corpus, threads, device, output)
     checkpoint = checkpoint or _checkpoint_beside(output)
-    with progress(_title(planned.job), 1, shown=ready.processes.leads) as report:
-        swept = _sweep(planned, ready, planned.training, report, checkpoint, checkpoint_seconds, micro_batches)
+    swept = _whole_sweep(planned, ready, checkpoint, checkpoint_seconds, micro_batches)
     _write_job(swept.isel(trial=0), planned, ready, output, [checkpoint])
 
 
@@ -249,14 +237,12 @@ def tune(
     """Train every trial of a random search over multipliers at one width, side by side, on the same batches."""
     import pandas as pd
 
-    from gdn_mup.progress import progress
     from gdn_mup.study.datasets import JOB_VARIABLES
 
     planned = _planned(study, "tuning", growth, optimizer, width, seed)
     ready = _prepare(planned, corpus, threads, device, output)
     checkpoint = checkpoint or _checkpoint_beside(output)
-    with progress(_title(planned.job), 1, shown=ready.processes.leads) as report:
-        trained = _sweep(planned, ready, planned.training, report, checkpoint, checkpoint_seconds, micro_batches)
+    trained = _whole_sweep(planned, ready, checkpoint, checkpoint_seconds, micro_batches)
     multipliers = pd.DataFrame(planned.experiment.multipliers).rename_axis(index="trial", columns="hyperparameter")
     final = trained.val_loss.isel(evaluation_step=-1, drop=True).where(trained.diverged == 0)
     dataset = trained.assign(final_loss=final, multipliers=multipliers)
@@ -461,6 +447,16 @@ def collect(
     write(collect_jobs(jobs, kind, load_study(study)), output)  # type: ignore[arg-type]
 
 
+def _show(table: "pd.DataFrame", title: str) -> None:
+    """Print a table of texts."""
+    from rich.table import Table
+
+    shown = Table(*table.columns, title=title)
+    for row in table.itertuples(index=False):
+        shown.add_row(*map(str, row))
+    _console().print(shown)
+
+
 def _console() -> "Console":
     """A terminal's width where there is one; wide lines for a pipe or a file."""
     from rich.console import Console
@@ -635,6 +631,16 @@ def _sweep(
     )
     trials = len(ready.scaled.trials)
     return _sweep_dataset(curves, members, stands_for, trials, learning_rates, training)
+
+
+def _whole_sweep(
+    planned: _Planned, ready: _Ready, checkpoint: Path, checkpoint_seconds: float, micro_batches: int
+) -> "xr.Dataset":
+    """`_sweep` of a job that is nothing else, with a progress bar."""
+    from gdn_mup.progress import progress
+
+    with progress(_title(planned.job), 1, shown=ready.processes.leads) as report:
+        return _sweep(planned, ready, planned.training, report, checkpoint, checkpoint_seconds, micro_batches)
 
 
 def _part_of(report: "Report", before: int, name: str) -> "Report":

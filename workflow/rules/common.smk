@@ -91,6 +91,9 @@ def count_usable_gpus() -> int:
 for key in config:
     if key not in ("study", "device", "runs"):
         stop(UserError(f"config: {key}: unknown key; use study, device or runs"))
+if config["runs"] not in ("own", "reference"):
+    stop(UserError(f"config: runs: {config['runs']!r}: use own or reference"))
+PUBLISHED = config["runs"] == "reference"  # datasets are the published ones, not those of this machine's own jobs
 try:
     DEVICE = parse_device(str(config["device"]), "config: device")
 except UserError as error:
@@ -123,16 +126,9 @@ def get_job_files(kind: str):
     return get_files
 
 
-def is_published() -> bool:
-    """Whether datasets are the published ones (`runs: reference`) rather than those of this machine's own jobs."""
-    if config["runs"] not in ("own", "reference"):
-        stop(UserError(f"config: runs: {config['runs']!r}: use own or reference"))
-    return config["runs"] == "reference"
-
-
 def get_kinds(name: str) -> list[str]:
     """The kinds of datasets that there are of a study: those of its experiments, or those that are published."""
-    if not is_published():
+    if not PUBLISHED:
         return [kind for kind in KINDS if get_study(name).jobs(kind)]
     kinds = [kind for kind in KINDS if os.path.isfile(f"results/reference/{name}/{kind}.nc")]
     if not kinds:

@@ -16,7 +16,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from gdn_mup.errors import UserError
-from gdn_mup.model.config import ModelSettings, model_shape
+from gdn_mup.model.config import ModelSettings, ModelShape, model_shape
 from gdn_mup.model.flops import forward_flops, training_flops
 from gdn_mup.study.plan import SECTIONS, Job, Study
 
@@ -32,17 +32,22 @@ def job_costs(dataset: xr.Dataset) -> pd.DataFrame:
     `members` are the runs that it trained and `diverged` those of them that failed; `tokens` went forward and backward,
     in all its members together; `flops` count those and the tokens of evaluations. What a job has not reported is NaN.
     """
-    settings = json.loads(dataset.attrs["settings"])
-    model = ModelSettings.model_validate(settings["model"])
-    vocabulary = int(dataset.attrs.get("vocabulary_size", settings["corpus"]["vocabulary_size"]))
     names = ["members", "diverged_members", "tokens", "evaluated_tokens", "seconds", "joules"]
     table = dataset[names].expand_dims([name for name in _JOB if name not in dataset.dims])
     jobs = table.to_dataframe(dim_order=_JOB).dropna(how="all").reset_index()
-    shapes = [model_shape(model, int(job.width), job.growth, vocabulary) for job in jobs.itertuples()]
+    shapes = _shapes(dataset, jobs)
     both, forward = ([count(shape) for shape in shapes] for count in (training_flops, forward_flops))
     flops = jobs.members * (jobs.tokens * both + jobs.evaluated_tokens * forward)
     jobs = jobs.assign(flops=flops, tokens=jobs.members * jobs.tokens).drop(columns="evaluated_tokens")
     return jobs.rename(columns={"diverged_members": "diverged"})
+
+
+def _shapes(dataset: xr.Dataset, jobs: pd.DataFrame) -> list[ModelShape]:
+    """The model of each of a dataset's jobs."""
+    settings = json.loads(dataset.attrs["settings"])
+    model = ModelSettings.model_validate(settings["model"])
+    vocabulary = int(dataset.attrs.get("vocabulary_size", settings["corpus"]["vocabulary_size"]))
+    return [model_shape(model, int(job.width), job.growth, vocabulary) for job in jobs.itertuples()]
 
 
 def costs(datasets: Mapping[str, xr.Dataset]) -> pd.DataFrame:
@@ -101,11 +106,7 @@ def _measured_rates(measured: xr.Dataset) -> tuple[Array, Array, Array]:
     jobs = job_costs(measured)
     if not (jobs.seconds > 0).any():
         raise UserError("the measured dataset has no job that says how long it took; give one of finished sweeps")
-    settings = json.loads(measured.attrs["settings"])
-    model, vocabulary = ModelSettings.model_validate(settings["model"]), int(measured.attrs["vocabulary_size"])
-    sizes = [
-        math.log(forward_flops(model_shape(model, int(job.width), job.growth, vocabulary))) for job in jobs.itertuples()
-    ]
+    sizes = [math.log(forward_flops(shape)) for shape in _shapes(measured, jobs)]
     by_size = jobs.assign(size=sizes)[["size", "flops", "seconds", "joules"]].groupby("size").sum(min_count=1)
     seconds = by_size.seconds.to_numpy(np.float64)
     return by_size.index.to_numpy(np.float64), by_size.flops.to_numpy() / seconds, by_size.joules.to_numpy() / seconds
