@@ -41,8 +41,9 @@ from gdn_mup.study.provenance import processor
 
 ROOT = Path(__file__).parent.parent
 TOKENS = 4_000_000
-JOBS, JOB_STEPS = 6, 600
+JOBS, JOB_STEPS = 4, 600
 SHORT, LONG = 8, 24  # steps of the job that is trained together
+MICRO_BATCHES = 16  # of that job's batches, shared out among those that train it: 30 sequences at a time for each
 
 
 def jobs_study(rehearse: bool) -> dict[str, Any]:
@@ -77,6 +78,7 @@ def write_study(folder: Path, name: str, study: dict[str, Any]) -> Path:
     path.write_text(yaml.safe_dump(study))
     corpus = folder / name
     corpus.mkdir()
+    (corpus / "tokenizer.json").write_text("{}")  # nobody reads it, but a corpus has one
     vocabulary = study["corpus"]["vocabulary_size"]
     likelihood = 1 / np.arange(1, vocabulary + 1)
     drawn = np.random.default_rng(0).choice(vocabulary, TOKENS, p=likelihood / likelihood.sum()).astype("<u2")
@@ -85,7 +87,7 @@ def write_study(folder: Path, name: str, study: dict[str, Any]) -> Path:
         sidecar = Sidecar(
             source="Zipf's law",
             settings={},
-            tokenizer_sha256="",
+            tokenizer_sha256=hashlib.sha256(b"{}").hexdigest(),
             vocabulary_size=vocabulary,
             dtype="uint16",
             tokens=TOKENS,
@@ -97,7 +99,7 @@ def write_study(folder: Path, name: str, study: dict[str, Any]) -> Path:
     return path
 
 
-def run_job(study: Path, seed: int, device: str, processes: int = 1) -> xr.Dataset:
+def run_job(study: Path, seed: int, device: str, processes: int = 1, micro_batches: int = 1) -> xr.Dataset:
     """One sweep of the study, by one process or by several."""
     (sweep,) = yaml.safe_load(study.read_text())["sweeps"]
     output = study.with_name(f"{study.stem}-{seed}.nc")
@@ -105,6 +107,7 @@ def run_job(study: Path, seed: int, device: str, processes: int = 1) -> xr.Datas
     files = ["--study", study, "--corpus", study.with_suffix(""), "--output", output]
     command = [sys.executable, "-m", "gdn_mup", "sweep", *which, *files]
     command += ["--seed", seed, "--device", device if processes == 1 else f"{processes}x{device}", "--threads", 1]
+    command += ["--micro-batches", micro_batches]
     done = subprocess.run([*map(str, command)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(map(str, command))}\n{done.stderr}")
@@ -140,8 +143,11 @@ def measure_together(folder: Path, device: str, rehearse: bool) -> dict[str, Any
         steps: write_study(folder, f"together{steps}", together_study(rehearse, steps)) for steps in (SHORT, LONG)
     }
     training = load_study(studies[LONG]).training
+    parts = 2 if rehearse else MICRO_BATCHES
     done = {
-        processes: {steps: run_job(study, 42, device, processes) for steps, study in studies.items()}
+        processes: {
+            steps: run_job(study, 42, device, processes, parts // processes) for steps, study in studies.items()
+        }
         for processes in (1, 2)
     }
     tokens = (LONG - SHORT) * training.batch_size * training.context_length
