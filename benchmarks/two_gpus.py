@@ -51,7 +51,7 @@ def jobs_study(rehearse: bool) -> dict[str, Any]:
     study = yaml.safe_load((ROOT / "config/studies/h200.yaml").read_text())
     sweep = next(s for s in study["sweeps"] if (s["growth"], s["optimizer"]) == ("heads", "adamw"))
     training = study["training"] | {"steps": JOB_STEPS, "warmup_steps": 60}
-    sweep |= {"rules": ["sp", "gdn_mup"], "widths": [256], "seeds": list(range(JOBS))}
+    sweep |= {"rules": ["sp", "gdn_mup"], "widths": [128, 256], "seeds": list(range(JOBS))}
     if rehearse:
         sweep |= {"widths": [128], "seeds": [0, 1], "learning_rates": {"log2_first": -8, "log2_last": -7}}
         training |= {"steps": 10, "warmup_steps": 1, "batch_size": 2, "context_length": 32, "evaluation_batches": 1}
@@ -62,7 +62,7 @@ def together_study(rehearse: bool, steps: int) -> dict[str, Any]:
     """The paper's largest model, for a few steps of one member."""
     study = yaml.safe_load((ROOT / "config/studies/paper.yaml").read_text())
     sweep = next(s for s in study["sweeps"] if 1536 in s["widths"])
-    sweep |= {"rules": ["liu_gu"], "widths": [1536], "learning_rates": {"log2_first": -8, "log2_last": -8}}
+    sweep |= {"rules": ["liu_gu"], "widths": [256, 1536], "learning_rates": {"log2_first": -8, "log2_last": -8}}
     training = study["training"] | {"steps": steps, "warmup_steps": 4, "evaluation_batches": 1}
     if rehearse:
         sweep |= {"widths": [256]}
@@ -100,10 +100,10 @@ def write_study(folder: Path, name: str, study: dict[str, Any]) -> Path:
 
 
 def run_job(study: Path, seed: int, device: str, processes: int = 1, micro_batches: int = 1) -> xr.Dataset:
-    """One sweep of the study, by one process or by several."""
+    """The sweep of the study's last width, by one process or by several."""
     (sweep,) = yaml.safe_load(study.read_text())["sweeps"]
     output = study.with_name(f"{study.stem}-{seed}.nc")
-    which = ["--growth", sweep["growth"], "--optimizer", sweep["optimizer"], "--width", sweep["widths"][0]]
+    which = ["--growth", sweep["growth"], "--optimizer", sweep["optimizer"], "--width", sweep["widths"][-1]]
     files = ["--study", study, "--corpus", study.with_suffix(""), "--output", output]
     command = [sys.executable, "-m", "gdn_mup", "sweep", *which, *files]
     command += ["--seed", seed, "--device", device if processes == 1 else f"{processes}x{device}", "--threads", 1]

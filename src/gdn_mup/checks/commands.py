@@ -152,5 +152,5 @@ def _random_tokens(model: "nn.Module", target: str) -> list[Any]:
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     if not isinstance(vocabulary, int):
         raise UserError(f"{target}: its module has no `batches`, and the model no config.vocab_size: add `batches`")
-    random = torch.Generator().manual_seed(0)
-    return [torch.randint(vocabulary, (_SEQUENCES, _TOKENS), generator=random) for _ in range(_BATCHES)]
+    random, device = torch.Generator().manual_seed(0), next(model.parameters()).device
+    return [torch.randint(vocabulary, (_SEQUENCES, _TOKENS), generator=random).to(device) for _ in range(_BATCHES)]
