@@ -1,14 +1,15 @@
 """The first 200 steps of study `paper`, of its smallest and its largest width: that they fit, and what they take.
 
-    python benchmarks/paper_steps.py [--corpus results/h200/corpus] [--device 2xcuda] [--widths 256 --widths 1536]
+    python benchmarks/paper_steps.py [--device 2xcuda] [--widths 256 --widths 1536]
+    python benchmarks/paper_steps.py --rehearse      (a minute on two CPU cores: the same commands, toy sizes)
 
 Shapes, batches, optimizer and warm-up are those of the study; learning rates are warmed up over 2,000 steps, of which
-these are the first, so that the updates are those of a whole run. One member trains, rule set liu_gu, at the middle of
-the study's grid. The tokens are those of any corpus at hand, whose vocabulary is smaller; the model's is the study's.
+these are the first, so that the updates are those of a whole run. One member trains, rule set liu_gu, at about the
+middle of the study's grid. Tokens are drawn by Zipf's law, as in two_gpus.py.
 """
 
 import json
-import shutil
+import math
 import sys
 import tempfile
 from datetime import UTC, datetime
@@ -20,74 +21,70 @@ import typer
 import yaml
 from rich.console import Console
 from rich.table import Table
-from two_gpus import MICRO_BATCHES, ROOT, run_job
+from two_gpus import MICRO_BATCHES, ROOT, run_job, write_study
 
-from gdn_mup.corpus.tokens import Sidecar
+from gdn_mup.study.provenance import processor
 from gdn_mup.training.devices import parse_device
 
 STEPS = 200
-PEAK = -8.0  # log₂ of the learning rate, about the middle of the study's
+PEAK = -8.0  # log₂ of the learning rate
 
 
-def first_steps(width: int) -> dict[str, Any]:
-    """The study, its one sweep cut to a member and to its first steps."""
+def first_steps(width: int, rehearse: bool) -> dict[str, Any]:
+    """The study, its AdamW sweep cut to one member and to its first steps."""
     study = yaml.safe_load((ROOT / "config/studies/paper.yaml").read_text())
     sweep = next(s for s in study["sweeps"] if width in s["widths"] and s["optimizer"] == "adamw")
+    steps = 4 if rehearse else STEPS
     # Warm-up reaches (step + 1)/(warmup_steps + 1) of the peak: the same line, drawn to where these steps end.
-    whole, part = study["training"]["warmup_steps"] + 1, STEPS
-    log2_peak = PEAK + float(torch.log2(torch.tensor(part / whole)))
-    sweep |= {"rules": ["liu_gu"], "widths": sorted({256, width})}
-    sweep |= {"learning_rates": {"log2_first": log2_peak, "log2_last": log2_peak}}
-    training = study["training"] | {"steps": STEPS, "warmup_steps": part - 1, "evaluation_batches": 1}
+    reached = PEAK + math.log2(steps / (study["training"]["warmup_steps"] + 1))
+    sweep |= {"rules": ["liu_gu"], "widths": sorted({study["model"]["base_width"], width})}
+    sweep |= {"learning_rates": {"log2_first": reached, "log2_last": reached}}
+    training = study["training"] | {"steps": steps, "warmup_steps": steps - 1, "evaluation_batches": 1}
+    if rehearse:
+        training |= {"batch_size": 16, "context_length": 32}
+        study["corpus"]["vocabulary_size"] = 500
+        study["model"]["layers"] = 1
     return {"corpus": study["corpus"], "model": study["model"], "training": training, "sweeps": [sweep]}
 
 
 def measure(
-    corpus: Annotated[Path, typer.Option(help="Folder that `gdn-mup corpus` wrote.")] = Path("results/h200/corpus"),
     device: Annotated[str, typer.Option(help="As of `gdn-mup sweep`.")] = "cuda",
     widths: Annotated[list[int], typer.Option(help="Widths of the study.")] = [256, 1536],  # noqa: B006
     micro_batches: Annotated[int, typer.Option(help="Parts of a batch, over all GPUs.")] = MICRO_BATCHES,
     output: Annotated[Path, typer.Option(help="Write the record as JSON here.")] = Path(
         "benchmarks/records/paper_steps.json"
     ),
+    rehearse: Annotated[bool, typer.Option(help="Toy sizes on the CPU; nothing is written.")] = False,
 ) -> None:
     """Train and print seconds, tokens/s and losses."""
-    if not torch.cuda.is_available():
-        sys.exit("needs an NVIDIA GPU")
-    number = parse_device(device).number
+    if not rehearse and not torch.cuda.is_available():
+        sys.exit("needs an NVIDIA GPU; try --rehearse for the same commands on a CPU")
+    kind, number = parse_device("cpu" if rehearse else device)
     record: dict[str, Any] = {
-        "device": f"{number} × {torch.cuda.get_device_name()}",
+        "device": processor() if rehearse else f"{number} × {torch.cuda.get_device_name()}",
         "torch": torch.__version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "steps": STEPS,
         "widths": {},
     }
     table = Table("width", "s/step", "tokens/s", "loss, first", "loss, last", title=record["device"])
     for width in widths:
-        study = first_steps(width)
+        study = first_steps(width, rehearse)
+        training = study["training"]
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "first_steps.yaml"
-            path.write_text(yaml.safe_dump(study))
-            copy = path.with_suffix("")
-            copy.mkdir()
-            shutil.copy(corpus / "tokenizer.json", copy)
-            for part in ("train", "validation"):
-                (copy / f"{part}.tokens").symlink_to((corpus / f"{part}.tokens").resolve())
-                sidecar = Sidecar.model_validate_json((corpus / f"{part}.json").read_text())
-                larger = sidecar.model_copy(update={"vocabulary_size": study["corpus"]["vocabulary_size"]})
-                (copy / f"{part}.json").write_text(larger.model_dump_json())
-            job = run_job(path, 42, device.split("x")[-1], number, micro_batches // number)
+            path = write_study(Path(folder), "first_steps", study)
+            job = run_job(path, 42, kind, number, micro_batches // number)
         losses, seconds = job.train_loss.values.ravel(), float(job.seconds)
-        tokens = STEPS * study["training"]["batch_size"] * study["training"]["context_length"]
+        tokens = training["steps"] * training["batch_size"] * training["context_length"]
         record["widths"][width] = {
-            "seconds_per_step": seconds / STEPS,
+            "steps": training["steps"],
+            "seconds_per_step": seconds / training["steps"],
             "tokens_per_second": tokens / seconds,
             "losses": [round(float(loss), 4) for loss in losses],
         }
-        table.add_row(
-            str(width), f"{seconds / STEPS:.2f}", f"{tokens / seconds:,.0f}", f"{losses[0]:.2f}", f"{losses[-1]:.2f}"
-        )
-        output.write_text(json.dumps(record, indent=2) + "\n")
+        rates = f"{seconds / training['steps']:.2f}", f"{tokens / seconds:,.0f}"
+        table.add_row(str(width), *rates, f"{losses[0]:.3f}", f"{losses[-1]:.3f}")
+        if not rehearse:  # after each, since the widest takes a quarter of an hour
+            output.write_text(json.dumps(record, indent=2) + "\n")
     Console().print(table)
 
 
