@@ -343,6 +343,19 @@ def test_losses_agree_with_the_table_of_optima(lr_sweep: xr.Dataset, drawings: d
             assert transferred == np.inf
 
 
+def test_best_losses_are_held_against_other_rule_sets_seed_by_seed() -> None:
+    lower = in_memory(study(), "lr_sweep", slopes=SLOPES)
+    loss = lower.val_loss
+    lower["val_loss"] = loss.where((loss.rules != "gdn_mup") | (loss.width == 32), loss - 0.3)
+    table = tables.optima(lower)
+    rows = table[(table.growth == "heads") & (table.optimizer == "adamw") & (table.rules == "gdn_mup")]
+    assert rows[rows.width == 32].loss_less_sp.isna().all()
+    wider = rows[(rows.width > 32) & rows.loss_less_sp.notna()]
+    assert len(wider)
+    assert wider.loss_less_sp.between(wider.loss_less_sp_low, wider.loss_less_sp_high).all()
+    assert (wider.loss_less_sp_high < 0).all()
+
+
 def test_divergence_at_the_transferred_learning_rate_is_drawn() -> None:
     drawing = figures.loss_vs_width(in_memory(study(), "lr_sweep", slopes=SLOPES | {"sp": -0.5, "mup": -1.6}))
     crosses = {

@@ -23,8 +23,9 @@ import xarray as xr
 from gdn_mup.scaling.rules import RULE_SETS
 from gdn_mup.study.cost import sweep_cost
 from gdn_mup.study.exponents import GATES, exponents, gate_gradients
+from gdn_mup.study.losses import best_losses_less
 from gdn_mup.study.multiplier import multiplier_verdict
-from gdn_mup.study.optimum import Transfer, best_loss_differences, percentiles, signed, transfer, transfers
+from gdn_mup.study.optimum import Transfer, signed, transfer, transfers
 from gdn_mup.study.plan import SECTIONS
 from gdn_mup.study.seeds import over_seeds
 from gdn_mup.study.titles import OPTIMIZER_TITLES, with_unit
@@ -494,20 +495,12 @@ def _paired_gain(sweep: Transfer, narrow: int, wide: int, log2_rate: float) -> t
 
 def _best_losses(sweep: Transfer, reference: Transfer) -> tuple[VerdictName, str]:
     """At the widest width where both have an optimum: the best loss less the reference's, seeds paired."""
-    pairs = {
-        width: (sweep.optima[width], reference.optima[width])
-        for width in _wider(sweep)
-        if width in reference.optima and sweep.curves[width].index.equals(reference.curves[width].index)
-        if sweep.optima[width].bracketed and reference.optima[width].bracketed
-    }
-    if not pairs:
+    differences = best_losses_less(sweep, reference)
+    if not differences:
         return "inconclusive", "no width with an optimum under both"
-    width, (one, other) = list(pairs.items())[-1]
-    low, high = percentiles(best_loss_differences(*zip(*pairs.values(), strict=True))[-1])
-    reason = (
-        f"best loss at width {width} less SP's: {signed(one.loss - other.loss)} nats [{signed(low)}, {signed(high)}]"
-    )
-    if all(len(one.losses) < 2 for one, _ in pairs.values()):
+    width, (value, low, high) = list(differences.items())[-1]
+    reason = f"best loss at width {width} less SP's: {signed(value)} nats [{signed(low)}, {signed(high)}]"
+    if all(len(sweep.curves[each]) < 2 for each in differences):
         return "inconclusive", f"{reason}, one seed: the interval does not know how seeds differ"
     if high <= REGRET_TOLERANCE:
         return "reproduced", reason

@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from gdn_mup.study.optimum import Transfer, best_rate, transfers
-from gdn_mup.study.seeds import over_seeds
+from gdn_mup.study.optimum import Transfer, best_loss_differences, best_rate, percentiles, transfers
+from gdn_mup.study.seeds import Estimate, over_seeds
 
 TRANSFERRED, OWN_BEST = "transferred", "own best"
 _SAME = 1e-6  # octaves: learning rates no farther apart are one
@@ -41,6 +41,29 @@ def transferred_losses(sweep: Transfer, width: int) -> pd.Series:
     mean = sweep.optima[width].loss + sweep.regrets[width].value
     rate = best_rate(sweep, sweep.base_width)
     return losses_at(sweep.curves[width], rate, mean if np.isfinite(mean) else np.nan)
+
+
+def best_losses_less(sweep: Transfer, reference: Transfer) -> dict[int, Estimate]:
+    """The best loss less the reference's, in nats per token, at each width where both have an optimum.
+
+    Seeds are paired; widths that were not trained with the same seeds are left out, and the base width, where rule sets
+    are the same model. Exactly 0 where the two are the same runs at other widths too.
+    """
+    widths = [
+        width
+        for width in sweep.widths
+        if width != sweep.base_width
+        if width in reference.widths and sweep.curves[width].index.equals(reference.curves[width].index)
+        if sweep.optima[width].bracketed and reference.optima[width].bracketed
+    ]
+    if all(sweep.curves[width].equals(reference.curves[width]) for width in widths):
+        return dict.fromkeys(widths, Estimate(0.0, 0.0, 0.0))
+    pairs = [(sweep.optima[width], reference.optima[width]) for width in widths]
+    draws = best_loss_differences(*zip(*pairs, strict=True))
+    return {
+        width: Estimate(one.loss - other.loss, *percentiles(drawn))
+        for width, (one, other), drawn in zip(widths, pairs, draws, strict=True)
+    }
 
 
 def loss_table(dataset: xr.Dataset) -> pd.DataFrame:

@@ -16,7 +16,9 @@ from gdn_mup.files import replacing
 from gdn_mup.scaling.growth import Growth, Part
 from gdn_mup.scaling.rules import RULE_SETS
 from gdn_mup.study.claims import Evidence, verdict_table
+from gdn_mup.study.losses import best_losses_less
 from gdn_mup.study.optimum import Slope, signed, transfers
+from gdn_mup.study.seeds import Estimate
 from gdn_mup.study.titles import GROWTH_TITLES, NOT_REPORTED, OPTIMIZER_TITLES, RULE_TITLES, with_unit
 from gdn_mup.study.width_fit import Metric, asymptotic_loss_penalty, fit_error, robustness_exponent
 
@@ -156,21 +158,29 @@ def printed_scaling_rules(table: pd.DataFrame) -> pd.DataFrame:
 # Optima
 
 
+COMPARED_WITH = ("sp", "liu_gu")  # rule sets that the best losses of the others are held against
+
+
 def optima(dataset: xr.Dataset) -> pd.DataFrame:
     """Every optimum with its interval, its loss, and what the base width's optimum costs at that width.
 
-    One row per (growth, optimizer, rules, width); NaN and a reason where there is no number.
+    One row per (growth, optimizer, rules, width); NaN and a reason where there is no number. `loss_less_…`: the loss
+    less that under another rule set, seeds paired; NaN at the base width, where rule sets are the same model.
     Raises UserError if the study has no sweep.
     """
+    sweeps = {(sweep.growth, sweep.optimizer, sweep.rules): sweep for sweep in transfers(dataset)}
     rows = []
-    for sweep in transfers(dataset):
+    for (growth, optimizer, rules), sweep in sweeps.items():
+        others = {name: sweeps.get((growth, optimizer, name)) for name in COMPARED_WITH if name != rules}
+        differences = {name: best_losses_less(sweep, other) for name, other in others.items() if other}
         for width, optimum in sweep.optima.items():
             regret = sweep.regrets[width]
+            less = {name: differences.get(name, {}).get(width, Estimate(*[np.nan] * 3)) for name in COMPARED_WITH}
             rows.append(
                 {
-                    "growth": sweep.growth,
-                    "optimizer": sweep.optimizer,
-                    "rules": sweep.rules,
+                    "growth": growth,
+                    "optimizer": optimizer,
+                    "rules": rules,
                     "width": width,
                     "seeds": len(sweep.curves[width]),
                     "log2_learning_rate": optimum.log2_learning_rate,
@@ -179,6 +189,11 @@ def optima(dataset: xr.Dataset) -> pd.DataFrame:
                     "loss": optimum.loss,
                     "loss_low": optimum.loss_interval.low,
                     "loss_high": optimum.loss_interval.high,
+                    **{
+                        f"loss_less_{name}{end}": number
+                        for name, estimate in less.items()
+                        for end, number in zip(("", "_low", "_high"), estimate, strict=True)
+                    },
                     "transfer_regret": regret.value,
                     "transfer_regret_low": regret.interval.low,
                     "transfer_regret_high": regret.interval.high,
@@ -192,6 +207,7 @@ def optima(dataset: xr.Dataset) -> pd.DataFrame:
 
 def printed_optima(table: pd.DataFrame) -> pd.DataFrame:
     """Optima with intervals in brackets."""
+    compared = [name for name in COMPARED_WITH if table[f"loss_less_{name}"].notna().any()]
     rows = []
     for row in table.itertuples():
         if row.not_bracketed:
@@ -207,6 +223,16 @@ def printed_optima(table: pd.DataFrame) -> pd.DataFrame:
             ends = row.transfer_regret_low, row.transfer_regret_high
             regret = f"{row.transfer_regret:.3f} [{ends[0]:.3f}, {ends[1]:.3f}]"
         loss = "–" if np.isnan(row.loss) else f"{row.loss:.3f} [{row.loss_low:.3f}, {row.loss_high:.3f}]"
+        less = {}
+        for name in compared:
+            value, lowest, highest = (getattr(row, f"loss_less_{name}{end}") for end in ("", "_low", "_high"))
+            if np.isnan(value):
+                words = "–"
+            elif lowest == highest:
+                words = "the same runs"
+            else:
+                words = f"{signed(value)} [{signed(lowest)}, {signed(highest)}]"
+            less[f"loss less {RULE_TITLES[name]}'s"] = words
         rows.append(
             {
                 "growth by": GROWTH_TITLES[row.growth],
@@ -216,6 +242,7 @@ def printed_optima(table: pd.DataFrame) -> pd.DataFrame:
                 "seeds": str(row.seeds),
                 "log₂ LR*": best,
                 "loss (nats/token)": loss,
+                **less,
                 "transfer regret (nats/token)": regret,
             }
         )
