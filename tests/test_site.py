@@ -1,12 +1,14 @@
 """The site builds without a warning, says what the code says, and needs nothing from elsewhere."""
 
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import xarray as xr
 from bs4 import BeautifulSoup, Tag
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
@@ -15,10 +17,17 @@ from workflow_copy import ROOT
 from gdn_mup.scaling.exponents import predict
 from gdn_mup.scaling.growth import Axes, Growth
 from gdn_mup.scaling.rules import RULE_SETS
-from gdn_mup.study.claims import CLAIMS, judge_all
+from gdn_mup.study.claims import CLAIMS, Verdict, judge_all
 from gdn_mup.study.datasets import open_dataset
 from gdn_mup.study.plan import load_study
-from gdn_mup.study.tables import printed_scaling_rules, scaling_rules
+from gdn_mup.study.tables import (
+    optima,
+    printed_optima,
+    printed_scaling_rules,
+    printed_transfer_metrics,
+    scaling_rules,
+    transfer_metrics,
+)
 from gdn_mup.study.titles import RULE_TITLES
 
 RAISED = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹ᐟ", "−0123456789/")  # the pages raise these by HTML
@@ -103,16 +112,46 @@ def test_every_claim_is_there_with_how_it_is_decided(site: Path) -> None:
     assert found[1:] == [[claim.id, claim.statement, claim.decided_by.translate(RAISED)] for claim in CLAIMS]
 
 
-def test_results_are_the_verdicts_of_the_published_datasets(site: Path) -> None:
+@pytest.fixture(scope="module")
+def evidence() -> dict[str, xr.Dataset]:
+    """The published datasets of study h200."""
+    return {path.stem: open_dataset(path, path.stem) for path in (ROOT / "results/reference/h200").glob("*.nc")}
+
+
+@pytest.fixture(scope="module")
+def verdicts(evidence: dict[str, xr.Dataset]) -> list[Verdict]:
+    """What they say."""
+    return judge_all(evidence)
+
+
+def test_results_are_the_verdicts_of_the_published_datasets(site: Path, verdicts: list[Verdict]) -> None:
     found = page(site, "results.html")
-    evidence = {path.stem: open_dataset(path, path.stem) for path in (ROOT / "results/reference/h200").glob("*.nc")}
-    expected = [verdict for verdict in judge_all(evidence) if not verdict.rules]
+    expected = [verdict for verdict in verdicts if not verdict.rules]
     shown = [row for table in tables(found) if "verdict" in table[0] for row in table[1:] if row[2] == "all"]
     assert [row[3] for row in shown] == [verdict.verdict for verdict in expected]
     assert len({heading.text.split(".")[0] for heading in found("h2")} & {claim.id for claim in CLAIMS}) == 10
     kept = len(list((ROOT / "results/reference/h200/jobs/lr_sweep").glob("*.nc")))
     planned = len(load_study(ROOT / "config/studies/h200.yaml").jobs("lr_sweep"))
     assert f"{kept} of {planned} jobs of lr_sweep" in found.text
+
+
+def test_the_readme_says_what_the_published_datasets_say(
+    evidence: dict[str, xr.Dataset], verdicts: list[Verdict]
+) -> None:
+    """Every verdict, and every number that has an interval."""
+    said = (ROOT / "README.md").read_text("utf-8").partition("## What `h200` finds")[2].partition("\n## ")[0]
+    rows = dict(re.findall(r"^\| (C\d+) \| ([^|]+) \|", said, flags=re.MULTILINE))
+    assert list(rows) == [claim.id for claim in CLAIMS]
+    for name, shown in rows.items():
+        found = {verdict.growth: verdict.verdict for verdict in verdicts if verdict.claim == name and not verdict.rules}
+        assert shown == f"{found['heads']}, {found['head_dim']}", name
+    sweeps = evidence["lr_sweep"]
+    printed = printed_optima(optima(sweeps)), printed_transfer_metrics(transfer_metrics(sweeps))
+    computed = "".join(table.to_string() for table in printed) + "".join(verdict.reason for verdict in verdicts)
+    quoted = re.findall(r"[−+\d.^]+ \[[^\]]+\]", said.replace("\n", " "))
+    assert len(quoted) > 20
+    for number in quoted:
+        assert number.removeprefix("^") in computed, number
 
 
 def test_every_notebook_has_its_caption(site: Path) -> None:

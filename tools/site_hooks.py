@@ -31,7 +31,7 @@ from gdn_mup.study.claims import CLAIMS, verdict_table
 from gdn_mup.study.datasets import JOB_VARIABLES, open_dataset
 from gdn_mup.study.plan import SECTIONS, load_study
 from gdn_mup.study.reference import markdown_reference
-from gdn_mup.study.tables import printed_scaling_rules, printed_verdicts, scaling_rules
+from gdn_mup.study.tables import optima, printed_optima, printed_scaling_rules, printed_verdicts, scaling_rules
 from gdn_mup.study.titles import RULE_TITLES
 
 FONT_SIZE = 16.0  # only proportions matter: drawings are scaled with the text
@@ -203,6 +203,13 @@ def verdict(study: str, claim: str) -> str:
     return markdown_table(table[table.claim == claim].drop(columns="claim"))
 
 
+def best_losses(study: str) -> str:
+    """Optima and best losses at the widest width of a study's published sweeps, against those of other rule sets."""
+    table = optima(evidence(study)["lr_sweep"])
+    printed = printed_optima(table[table.width == table.width.max()])
+    return markdown_table(printed.drop(columns=["width", "seeds"]))
+
+
 def commands() -> str:
     """Every command with the first paragraph of its help."""
     found = typer.main.get_command(app).commands
@@ -242,6 +249,7 @@ PARTS = {
         finding,
         published,
         verdict,
+        best_losses,
         captions,
         claims,
         commands,
