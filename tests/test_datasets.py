@@ -83,6 +83,15 @@ def test_partial_study_names_what_is_missing(plan: Study, folder: Path) -> None:
     assert collected.seconds.notnull().sum() == 3
 
 
+def test_base_seeds_are_missing_at_the_base_width_alone(plan: Study) -> None:
+    sweep = plan.sweeps[0].model_dump(mode="json")
+    more = study(sweeps=[sweep | {"base_seeds": [5, 6]}])
+    run = [job_file(more, job) for job in more.jobs("lr_sweep") if job.seed < 6]
+    collected = datasets.combine(run, "lr_sweep", more)
+    assert json.loads(collected.attrs["missing_jobs"]) == ["jobs/lr_sweep/heads_adamw_width32_seed6.nc"]
+    assert collected.seconds.notnull().sum("seed").squeeze().to_series().to_dict() == {32: 3, 64: 2}
+
+
 def test_provenance_that_differs_is_kept(plan: Study) -> None:
     jobs = [job_file(plan, job) for job in plan.jobs("lr_sweep")]
     jobs[0].attrs["device"] = "gpu"

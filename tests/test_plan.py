@@ -16,7 +16,17 @@ from workflow_copy import ROOT
 
 from gdn_mup.errors import UserError
 from gdn_mup.model.config import model_shape
-from gdn_mup.study.plan import SECTIONS, LearningRateGrid, Log2Ranges, Sweep, Tuning, load_study, settings_hash
+from gdn_mup.study.plan import (
+    SECTIONS,
+    ClippingCheck,
+    Job,
+    LearningRateGrid,
+    Log2Ranges,
+    Sweep,
+    Tuning,
+    load_study,
+    settings_hash,
+)
 
 STUDIES = sorted((ROOT / "config/studies").glob("*.yaml"))
 SMOKE = ROOT / "config/studies/smoke.yaml"
@@ -46,6 +56,20 @@ def test_a_job_depends_on_its_own_sweep_alone(tmp_path: Path) -> None:
         if settings_hash(before.settings_of(job)) != settings_hash(after.settings_of(job))
     }
     assert changed == {"sgd"}
+
+
+def test_base_seeds_are_jobs_of_the_base_width_alone_and_change_no_other(tmp_path: Path) -> None:
+    raw = yaml.safe_load(SMOKE.read_text())
+    before = load_study(SMOKE)
+    raw["sweeps"][0]["base_seeds"] = [7, 5]
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(raw))
+    after = load_study(tmp_path / "study.yaml")
+    added = set(after.jobs("lr_sweep")) - set(before.jobs("lr_sweep"))
+    assert added == {Job("lr_sweep", "heads", "adamw", 16, seed) for seed in (5, 7)}
+    assert {after.settings_of(job)["seed"] for job in added} == {5, 7}
+    assert all(before.settings_of(job) == after.settings_of(job) for job in before.jobs("lr_sweep"))
+    with pytest.raises(UserError, match="no lr_sweep job growth=heads optimizer=adamw width=32 seed=5"):
+        after.settings_of(Job("lr_sweep", "heads", "adamw", 32, 5))
 
 
 def test_grids_are_in_octaves() -> None:
@@ -94,6 +118,15 @@ WRONG = {
     "a search for nothing": ({"tunings": {0: {"log2_ranges": NO_RANGES}}}, "tunings[0].log2_ranges: nothing is tuned"),
     "one trial": ({"tunings": {0: {"trials": 1}}}, "tunings[0].trials: 1"),
     "a seed named twice": ({"sweeps": {0: {"seeds": [1, 1]}}}, "sweeps[0].seeds: named twice"),
+    "a base seed named twice": ({"sweeps": {0: {"base_seeds": [7, 7]}}}, "sweeps[0].base_seeds: named twice"),
+    "a seed that is a base seed too": (
+        {"sweeps": {0: {"base_seeds": [7, 1]}}},
+        "sweeps[0].base_seeds: [1] are among `seeds`",
+    ),
+    "base seeds of another experiment": (
+        {"clipping_checks": {0: {"base_seeds": [7]}}},
+        "clipping_checks[0].base_seeds: unknown key",
+    ),
 }
 
 
@@ -172,7 +205,7 @@ def check_plan_or_one_line(path: Path) -> None:
             json.dumps(study.settings_of(job), allow_nan=False)  # as its file keeps them
             assert min(model_shape(study.model, job.width, job.growth, study.corpus.vocabulary_size)[:-1]) > 0
             assert study.training_of(experiment).steps > 0
-            if isinstance(experiment, Sweep | Tuning):
+            if isinstance(experiment, Sweep | ClippingCheck | Tuning):
                 assert np.isfinite(np.float32(experiment.learning_rates.values)).all()
             if isinstance(experiment, Tuning):
                 drawn = [list(multipliers.values()) for multipliers in experiment.multipliers]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from gdn_mup.corpus.config import CorpusSettings
 from gdn_mup.errors import UserError
@@ -52,6 +52,12 @@ class LearningRateGrid(Settings):
         return tuple(2.0 ** (self.log2_first + i * self.log2_step) for i in range(count))
 
 
+def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(set(values)) != len(values):
+        raise ValueError(f"named twice: {list(values)}")
+    return values
+
+
 class Experiment(Settings):
     """What sweeps and coordinate checks share: which models, under which rules."""
 
@@ -69,35 +75,48 @@ class Experiment(Settings):
             raise ValueError(f"widths must be ascending, not {list(widths)}")
         return widths
 
-    @field_validator("rules", "seeds")
-    @classmethod
-    def _distinct(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
-        if len(set(values)) != len(values):
-            raise ValueError(f"named twice: {list(values)}")
-        return values
+    _named_once = field_validator("rules", "seeds")(_distinct)
+
+    def seeds_at(self, width: int, base_width: int) -> tuple[int, ...]:
+        """Seeds that are run at a width."""
+        return self.seeds
 
 
 class Sweep(Experiment):
     """A learning-rate sweep at every width."""
 
+    base_seeds: tuple[Seed, ...] = Field(
+        (),
+        description="Further seeds of the base width alone: every width's transfer regret hangs on its optimum, and it "
+        "costs the least.",
+    )
     learning_rates: LearningRateGrid
 
+    _base_seeds_once = field_validator("base_seeds")(_distinct)
 
-class ClippingCheck(Sweep):
+    @field_validator("base_seeds")
+    @classmethod
+    def _further(cls, base_seeds: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+        if both := sorted(set(base_seeds) & set(info.data.get("seeds", ()))):
+            raise ValueError(f"{both} are among `seeds`, with which the base width is run as it is")
+        return base_seeds
+
+    def seeds_at(self, width: int, base_width: int) -> tuple[int, ...]:
+        """Seeds that are run at a width."""
+        return (*self.seeds, *self.base_seeds) if width == base_width else self.seeds
+
+
+class ClippingCheck(Experiment):
     """A learning-rate sweep under each way to clip gradients."""
 
     optimizer: OptimizerName = Field("sgd", description="AdamW, or SGD with Nesterov momentum.")
     rules: tuple[RuleSetName, ...] = Field(("gdn_mup",), min_length=1, description="Rule sets, trained side by side.")
+    learning_rates: LearningRateGrid
     clippings: tuple[Clipping, ...] = Field(
         get_args(Clipping), min_length=1, description="What `training.clipping` is, each in a training of its own."
     )
 
-    @field_validator("clippings")
-    @classmethod
-    def _clippings_once(cls, clippings: tuple[Clipping, ...]) -> tuple[Clipping, ...]:
-        if len(set(clippings)) != len(clippings):
-            raise ValueError(f"named twice: {list(clippings)}")
-        return clippings
+    _clippings_once = field_validator("clippings")(_distinct)
 
     @field_validator("training")
     @classmethod
@@ -153,12 +172,7 @@ class MultiplierCheck(Measurement):
             raise ValueError(f"epsilons must be ascending and not negative, not {list(epsilons)}")
         return epsilons
 
-    @field_validator("inits", "kernel_scales")
-    @classmethod
-    def _named_once(cls, values: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(values)) != len(values):
-            raise ValueError(f"named twice: {list(values)}")
-        return values
+    _conditions_once = field_validator("inits", "kernel_scales")(_distinct)
 
 
 Log2Range = tuple[Octaves, Octaves]
@@ -233,7 +247,7 @@ class Job(NamedTuple):
         return f"jobs/{self.kind}/{self.growth}_{self.optimizer}_width{self.width}_seed{self.seed}.nc"
 
 
-AnyExperiment = Sweep | CoordinateCheck | MultiplierCheck | Tuning
+AnyExperiment = Sweep | ClippingCheck | CoordinateCheck | MultiplierCheck | Tuning
 
 
 class Study(Settings):
@@ -286,7 +300,8 @@ class Study(Settings):
         """The experiment that a job belongs to."""
         for experiment in self.experiments(job.kind):
             if (experiment.growth, experiment.optimizer) == (job.growth, job.optimizer):
-                if job.width not in experiment.widths or job.seed not in experiment.seeds:
+                seeds = experiment.seeds_at(job.width, self.model.base_width)
+                if job.width not in experiment.widths or job.seed not in seeds:
                     break
                 return experiment
         raise UserError(
@@ -300,7 +315,7 @@ class Study(Settings):
             Job(kind, experiment.growth, experiment.optimizer, width, seed)
             for experiment in self.experiments(kind)
             for width in experiment.widths
-            for seed in experiment.seeds
+            for seed in experiment.seeds_at(width, self.model.base_width)
         ]
         return sorted(jobs, key=lambda job: (-job.width, job))
 
@@ -333,7 +348,7 @@ class Study(Settings):
     def settings_of(self, job: Job) -> dict[str, Any]:
         """Exactly the settings that the job's result depends on: what its hash and its reruns hang on."""
         experiment = self.experiment_of(job)
-        own = experiment.model_dump(mode="json", exclude={"training", "widths", "seeds"})
+        own = experiment.model_dump(mode="json", exclude={"training", "widths", "seeds", "base_seeds"})
         return {
             **own,
             "width": job.width,
