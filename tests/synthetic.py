@@ -76,6 +76,11 @@ def study(**changes: Any) -> Study:
     return Study.model_validate(sections | changes)
 
 
+def with_base_seeds(*seeds: int) -> Study:
+    """That study, its sweeps with further seeds at the base width."""
+    return study(sweeps=[sweep.model_dump(mode="json") | {"base_seeds": seeds} for sweep in study().sweeps])
+
+
 def job_file(
     plan: Study,
     job: Job,

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import xarray as xr
-from synthetic import SLOPES, in_memory, study
+from synthetic import SLOPES, in_memory, study, with_base_seeds
 
 from gdn_mup.study.claims import CLAIMS, Verdict, judge_all, verdict_table
 
@@ -125,6 +125,21 @@ def test_what_tuning_at_the_base_width_saves() -> None:
     unknown = dataset.assign(members=dataset.members * float("nan"))
     found = {(v.claim, v.optimizer, v.rules): v for v in judge_all({"lr_sweep": unknown})}
     assert found["C10", "adamw", "gdn_mup"].verdict == "inconclusive"
+
+
+def test_seeds_of_the_base_width_alone_move_no_comparison_between_widths() -> None:
+    """They lie a nat above the others here, which a mean that is not paired by seed would show."""
+    dataset = in_memory(with_base_seeds(3, 4, 5, 6), "lr_sweep")
+    dataset = dataset.assign(val_loss=dataset.val_loss + (dataset.seed > 2))
+    found = {(v.claim, v.optimizer, v.rules): v for v in judge_all({"lr_sweep": dataset})}
+    before = verdicts()
+    for claim in ("C1", "C2", "C3", "C4"):
+        assert found[claim, "adamw" if claim < "C3" else "sgd", ""].verdict == before[claim, ""].verdict
+    gains = [v.reason.split("32 to 64: ")[1][:5] for v in (before["C9", "gdn_mup"], found["C9", "sgd", "gdn_mup"])]
+    assert gains[0] == gains[1]
+    reason = found["C10", "sgd", "gdn_mup"].reason
+    assert "than at 128, each of one seed (7 were run at 32, 3 at 128)" in reason
+    assert "one seed" not in before["C10", "gdn_mup"].reason
 
 
 def test_one_growth_mode_does_not_decide_on_both() -> None:

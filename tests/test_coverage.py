@@ -102,6 +102,25 @@ def test_optimum_slope_and_regret(spacing: float, capsys: pytest.CaptureFixture[
     coverage.check(capsys)
 
 
+@pytest.mark.parametrize("base_seeds", [12, 24])
+def test_regret_with_more_seeds_at_the_base_width(base_seeds: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two widths, three seeds at the wider one: regret after one doubling, half octaves."""
+    random, coverage = np.random.default_rng(4), Coverage()
+    for study in range(STUDIES):
+        group, slope = MIX[study % 9], (0.0, -0.4, -1.0)[study // 9 % 3]
+        learning_rates = grid_over((slope, 0), 0.5, random)
+        curves = [draw_curve(group, random) for _ in range(2)]
+        base, wide = (
+            find_optimum(learning_rates, curve.sweep(learning_rates - i * slope, seeds, random), random)
+            for i, (curve, seeds) in enumerate(zip(curves, (base_seeds, 3), strict=True))
+        )
+        coverage.add(f"optimum, {base_seeds} seeds", group, 0.0, base.interval, base.reason)
+        regret = transfer_regret(wide, base)
+        truth = float(curves[1].excess(np.array([-slope]))[0])
+        coverage.add(f"regret, {base_seeds} seeds and 3", group, truth, regret.interval, regret.reason)
+    coverage.check(capsys)
+
+
 def test_optimum_of_one_seed(capsys: pytest.CaptureFixture[str]) -> None:
     """Without a second seed the noise is guessed from the curve itself."""
     random, coverage = np.random.default_rng(3), Coverage()

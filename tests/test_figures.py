@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import xarray as xr
 from matplotlib.text import Text
-from synthetic import EXPONENTS, SLOPES, in_memory, job_file, study
+from synthetic import EXPONENTS, SLOPES, in_memory, job_file, study, with_base_seeds
 
 from gdn_mup.errors import UserError
 from gdn_mup.model.config import ModelSettings, model_shape
@@ -369,6 +369,21 @@ def test_divergence_at_the_transferred_learning_rate_is_drawn() -> None:
     assert sum(crosses.values()) == len(infinite) == 2
     assert "μP (transformer) diverges" in title_of(drawing)
     assert any(text.get_text() == "diverges" for legend in drawing.figure.legends for text in legend.get_texts())
+
+
+def test_seeds_of_the_base_width_alone_are_its_own() -> None:
+    """They count for its optimum, and not where widths are held against one another."""
+    few, more = (in_memory(plan, "lr_sweep") for plan in (study(), with_base_seeds(3, 4, 5, 6)))
+    before, table = tables.optima(few), tables.optima(more)
+    assert table.groupby("width").seeds.unique().map(list).to_dict() == {32: [7], 64: [3], 128: [3]}
+    assert ((table.log2_learning_rate != before.log2_learning_rate) == (table.width == 32)).all()
+    assert figures.lr_transfer(more, "adamw").table.groupby("width").seed.nunique().to_dict() == {32: 7, 64: 3, 128: 3}
+    losses = figures.loss_vs_width(more).table
+    assert losses.groupby("width").seeds.unique().map(list).to_dict() == {32: [7], 64: [3], 128: [3]}
+    assert set(figures.training_curves(more).table.seed) == {0, 1, 2}
+    assert set(figures.training_curves(more.sel(width=[32])).table.seed) == set(range(7))
+    assert study_setting(more, "heads", "adamw").seeds == 3
+    assert study_setting(more.sel(width=[32]), "heads", "adamw").seeds == 7
 
 
 # Growth modes

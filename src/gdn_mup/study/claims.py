@@ -283,6 +283,9 @@ def tuning_small_saves(claim: str, dataset: xr.Dataset) -> list[Verdict]:
             for name, (little, much, unit, fewer) in known.items()
         ]
         reason = f"a sweep at width {sweep.base_width} takes {', '.join(parts)} than at {widest}"
+        seeds = [len(sweep.curves[width]) for width in (sweep.base_width, widest)]
+        if seeds[0] != seeds[1]:
+            reason += f", each of one seed ({seeds[0]} were run at {sweep.base_width}, {seeds[1]} at {widest})"
         verdict, why = optimum_transfers(sweep)
         if not known:
             verdict, reason = "inconclusive", "the jobs did not report what they cost"
@@ -366,8 +369,8 @@ CLAIMS: tuple[Claim, ...] = (
         id="C10",
         statement="Tuning at the base width costs less than at the target, and finds the same learning rate.",
         decided_by=(
-            "FLOPs, seconds and, where measured, joules of a sweep at the widest and at the base width, where C2 or C4 "
-            "holds"
+            "FLOPs, seconds and, where measured, joules of a sweep of one seed at the widest and at the base width, "
+            "where C2 or C4 holds"
         ),
         judge=tuning_small_saves,
     ),

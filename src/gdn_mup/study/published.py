@@ -62,12 +62,15 @@ def study_setting(dataset: xr.Dataset, growth: str, optimizer: str) -> Setting:
     settings = json.loads(dataset.attrs["settings"])
     corpus = settings["corpus"]
     here = dataset.sel(growth=growth, optimizer=optimizer)
+    run = here.tokens.notnull()
+    wider = run.sel(width=run.width != dataset.attrs["base_width"])
+    paired = wider if wider.any() else run  # seeds of the base width alone have nothing to be compared with
     return Setting(
         corpus=corpus.get("dataset") or CORPUS_TITLES.get(corpus["source"], corpus["source"]),
         tokens=float(here.tokens.max()),
         growth=growth,
         layers=settings["model"]["layers"],
-        seeds=int(here.tokens.notnull().any("width").sum()),
+        seeds=int(paired.any("width").sum()),
     )
 
 

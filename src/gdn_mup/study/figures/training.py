@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 from matplotlib.lines import Line2D
+from numpy.typing import NDArray
 
 from gdn_mup.study.figures.style import (
     FULL_WIDTH,
@@ -30,7 +31,8 @@ def training_curves(dataset: xr.Dataset) -> Drawing:
 
     A panel per rule set, a row per (growth, optimizer); lines are means over seeds, bands span them, dots are
     held-out losses. Training losses, each of one batch, are running means over 4 % of the steps; the table has
-    them as they are. Rule sets whose base optimum is not bracketed use the best of the grid there.
+    them as they are. Seeds that were run at the base width alone are left out: the more seeds, the wider the band.
+    Rule sets whose base optimum is not bracketed use the best of the grid there.
     """
     sweeps = transfers(dataset)
     rows = {
@@ -53,7 +55,8 @@ def training_curves(dataset: xr.Dataset) -> Drawing:
         for ax, (sweep, rate) in zip(axes[i], rates, strict=False):
             final = []
             for width in sweep.widths:
-                frame = _training_frame(dataset, sweep, width, rate)
+                losses = _comparable(sweep, width)
+                frame = _training_frame(dataset, sweep, width, rate, losses.index.to_numpy())
                 frames.append(frame)
                 train = _running_means(frame[frame.split == "train"], window)
                 if train.size().sum():
@@ -61,12 +64,11 @@ def training_curves(dataset: xr.Dataset) -> Drawing:
                     ax.plot(mean.index, mean, color=colours[width], lw=1)
                     ax.fill_between(mean.index, train.min(), train.max(), color=colours[width], alpha=0.2, lw=0)
                     ceiling, floor = max(ceiling, mean.iloc[0]), min(floor, train.min().min())
-                    if mean.index[-1] < int(dataset.step[-1]) and _diverges(sweep, width, rate):
+                    if mean.index[-1] < int(dataset.step[-1]) and _diverges(losses, rate):
                         crosses = True
                         ax.plot(mean.index[-1], mean.iloc[-1], "x", color=colours[width], mew=1.2, ms=5, zorder=4)
                 held_out = frame[frame.split == "validation"].groupby("step").loss.mean()
                 ax.plot(held_out.index, held_out, "o", color=colours[width], mec="white", mew=0.4, ms=3.5)
-                losses = sweep.curves[width]
                 final.append(losses[rate].mean(skipna=False) if rate in losses else np.nan)
             if len(final) > 1:
                 wider_is_better[optimizer, sweep.rules, growth] = bool(np.all(np.diff(final) < 0))
@@ -112,15 +114,24 @@ def _wider_finding(better: dict[tuple[str, str, str], bool]) -> str:
     return "\n".join(filter(None, lines))
 
 
-def _diverges(sweep: Transfer, width: int, rate: float) -> bool:
+def _comparable(sweep: Transfer, width: int) -> pd.DataFrame:
+    """The curves of a width, without seeds that were run at the base width alone, where there are others."""
     losses = sweep.curves[width]
+    wider = [curve.index for other, curve in sweep.curves.items() if other != sweep.base_width]
+    shared = losses.index.isin(np.concatenate(wider)) if wider else np.zeros(len(losses), bool)
+    return losses[shared] if shared.any() else losses
+
+
+def _diverges(losses: pd.DataFrame, rate: float) -> bool:
     return rate in losses and bool(losses[rate].isna().any())
 
 
-def _training_frame(dataset: xr.Dataset, sweep: Transfer, width: int, rate: float) -> pd.DataFrame:
-    """Long table of one member's losses over all seeds: split, seed, step, loss."""
+def _training_frame(
+    dataset: xr.Dataset, sweep: Transfer, width: int, rate: float, seeds: NDArray[np.int64]
+) -> pd.DataFrame:
+    """Long table of one member's losses: split, seed, step, loss."""
     member = dataset.sel(growth=sweep.growth, optimizer=sweep.optimizer, rules=sweep.rules, width=width)
-    member = member.sel(learning_rate=rate).sel(seed=sweep.curves[width].index.to_numpy())
+    member = member.sel(learning_rate=rate).sel(seed=seeds)
     parts = []
     for split, variable, step in (("train", "train_loss", "step"), ("validation", "val_loss", "evaluation_step")):
         frame = member[variable].to_dataframe(name="loss").reset_index().rename(columns={step: "step"})
