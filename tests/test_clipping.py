@@ -52,7 +52,7 @@ def test_the_share_of_clipped_updates_is_counted(dataset: xr.Dataset) -> None:
 
 def test_the_title_says_what_moves(dataset: xr.Dataset) -> None:
     title = title_of(clipping_against_width(dataset))
-    assert "at init and late: raw +0.5" in title
+    assert "at init | late: raw +0.5" in title
     moves, stays = title.split("No movement of it is established")
     assert "moves with width, in octaves per doubling: raw norm (+0." in moves
     assert "no clipping" in stays and "width-invariant norm" in stays

@@ -99,7 +99,7 @@ def test_a_single_seed_has_no_interval(coordinates: xr.Dataset) -> None:
 def test_the_title_says_what_the_state_became(coordinates: xr.Dataset) -> None:
     figure, table = gate_and_state_dynamics(coordinates)
     text = " ".join(figure.get_suptitle().split())
-    assert "at width 128" in text and "AdamW: SP 0.50, gdn-mup 1.00 (more heads)." in text
+    assert "at width 128" in text and "AdamW: SP 0.50, gdn-mup 1.00." in text
     assert "changed in 0 of these 2 cases" in text
     assert set(table.rules) == set(coordinates.rules.values)
     assert len(figure.axes) == 6
@@ -109,7 +109,7 @@ def test_both_growth_modes_stand_side_by_side(coordinates: xr.Dataset) -> None:
     other = coordinates.assign_coords(growth=["head_dim"])
     figure, table = gate_and_state_dynamics(xr.concat([coordinates, other], "growth"), ["mup"])
     assert len(figure.axes) == 3 * 2 * table.optimizer.nunique()
-    assert "(larger heads)" in figure.get_suptitle()
+    assert "larger heads" in figure.axes[1].get_title(loc="left")
 
 
 def test_other_rule_sets_are_drawn_where_the_usual_ones_were_not_run(coordinates: xr.Dataset) -> None:

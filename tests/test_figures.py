@@ -25,7 +25,7 @@ from gdn_mup.study.files import from_root
 from gdn_mup.study.losses import losses_at
 from gdn_mup.study.optimum import signed
 from gdn_mup.study.published import study_setting
-from gdn_mup.study.titles import GROWTH_TITLES
+from gdn_mup.study.titles import GROWTH_TITLES, OPTIMIZER_TITLES, RULE_TITLES
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
@@ -78,10 +78,36 @@ def drawings(
         "clipping": figures.clipping_against_width(clipping),
         "coordinate_check": figures.coordinate_check(coordinates),
         "gate_dynamics": figures.gate_and_state_dynamics(coordinates),
+        "gate_gradients": figures.gate_gradient_exponents(coordinates),
         "growth_modes": figures.growth_modes(both_modes),
         "loss_vs_width": figures.loss_vs_width(lr_sweep),
         "lr_transfer": figures.lr_transfer(lr_sweep, "adamw"),
         "norm_epsilon": figures.norm_epsilon(multiplier),
+        "optimum_vs_width": figures.optimum_vs_width(lr_sweep),
+        "published_losses": figures.published_losses(lr_sweep),
+        "training_curves": figures.training_curves(lr_sweep),
+    }
+
+
+@pytest.fixture(scope="module")
+def everything() -> dict[str, figures.Drawing]:
+    """Figures of a study with both optimizers, both growth modes and four rule sets; under SGD rates diverge early."""
+    sweeps = [{**sweep, "growth": growth} for sweep in study().model_dump()["sweeps"] for growth in GROWTH_TITLES]
+    checks = [
+        {**study().model_dump()["coordinate_checks"][0], "optimizer": optimizer, "growth": growth}
+        for optimizer in OPTIMIZER_TITLES
+        for growth in GROWTH_TITLES
+    ]
+    plan = study(sweeps=sweeps, coordinate_checks=checks)
+    lr_sweep, coordinates = (in_memory(plan, kind) for kind in ("lr_sweep", "coordinates"))
+    return {
+        "coordinate_check": figures.coordinate_check(coordinates),
+        "gate_dynamics": figures.gate_and_state_dynamics(coordinates),
+        "gate_gradients": figures.gate_gradient_exponents(coordinates),
+        "growth_modes": figures.growth_modes(lr_sweep),
+        "loss_vs_width": figures.loss_vs_width(lr_sweep),
+        "lr_transfer_adamw": figures.lr_transfer(lr_sweep, "adamw"),
+        "lr_transfer_sgd": figures.lr_transfer(lr_sweep, "sgd"),
         "optimum_vs_width": figures.optimum_vs_width(lr_sweep),
         "published_losses": figures.published_losses(lr_sweep),
         "training_curves": figures.training_curves(lr_sweep),
@@ -103,6 +129,8 @@ def test_no_text_is_too_small_or_cut_off(drawings: dict[str, figures.Drawing]) -
         assert drawing.figure.get_figwidth() in (style.COLUMN_WIDTH, style.FULL_WIDTH), name
         width = drawing.figure.bbox.width
         heading = drawing.figure.texts + [ax.title for ax in drawing.figure.axes]
+        heading += [text for legend in drawing.figure.legends for text in legend.get_texts()]
+        heading += [ax.yaxis.label for ax in drawing.figure.axes]
         for text in texts_of(drawing):
             assert text.get_fontsize() >= 7, f"{name}: {text.get_text()!r}"
         for text in heading:
@@ -134,12 +162,37 @@ def test_titles_state_what_was_found(drawings: dict[str, figures.Drawing]) -> No
     assert "tuned at width 32 lower the loss there by 0.24 nats, and at" in title_of(drawings["base_width_tuning"])
 
 
+def test_titles_of_a_study_with_everything_have_three_lines_at_most(everything: dict[str, figures.Drawing]) -> None:
+    for name, drawing in everything.items():
+        assert len(drawing.figure.get_suptitle().splitlines()) <= 3, f"{name}: {drawing.figure.get_suptitle()!r}"
+
+
+def test_the_cost_in_the_title_is_the_largest_regret(everything: dict[str, figures.Drawing]) -> None:
+    regrets = everything["growth_modes"].table.query("width == 128")
+    for optimizer, here in regrets.groupby("optimizer"):
+        for rules, name in (("sp", "SP"), *RULE_TITLES.items()):
+            largest = here[(here.rules == "sp") == (rules == "sp")].transfer_regret.max()
+            if largest in here[here.rules == rules].transfer_regret.to_numpy():
+                cost = re.escape(f"{name} {largest:.2f} [") if np.isfinite(largest) else f"{name} diverges"
+                text = title_of(everything["loss_vs_width"]).split(OPTIMIZER_TITLES[optimizer])[1]
+                assert re.search(cost, text), (optimizer, rules)
+
+
 def test_titles_follow_the_data() -> None:
     moved = in_memory(study(), "lr_sweep", slopes=SLOPES | {"sp": 0.0, "gdn_mup": -1.0})
     assert "The optimum moves with width: gdn-mup (AdamW, SGD)." in title_of(figures.optimum_vs_width(moved))
     assert re.search("gdn-mup −(0.9|1.0)", title_of(figures.lr_transfer(moved, "adamw")))
     harmful = figures.base_width_tuning(in_memory(study(), "tuning", transfers=False))
     assert "that gain 0.24 nats at width 32 lose at width 128: −0" in title_of(harmful)
+
+
+def test_a_search_at_the_base_width_alone_claims_no_transfer(tuning: xr.Dataset) -> None:
+    drawing = figures.base_width_tuning(tuning.sel(width=[32], seed=[0]))
+    assert "on the one seed that chose it; no other width was run" in title_of(drawing)
+    assert "correlation" not in " ".join(text.get_text() for text in texts_of(drawing))
+    order = drawing.figure.axes[0]
+    gains = [line.get_ydata()[0] for line in order.lines if line.get_markersize() == 3]
+    assert gains == sorted(gains) and len(gains) == 15 and gains[-1] < drawing.table.gain.max()
 
 
 def test_a_search_is_drawn_with_one_seed_and_with_a_trial_that_diverges(tuning: xr.Dataset) -> None:
@@ -209,6 +262,36 @@ def test_small_studies_are_drawn(lr_sweep: xr.Dataset, selection: dict[str, Any]
     assert not plt.get_fignums()  # a figure that stays open is shown twice in a notebook
 
 
+def test_valleys_fill_the_panels_of_learning_rate_transfer(lr_sweep: xr.Dataset) -> None:
+    """A learning rate that nearly diverges leaves the panel, by an arrowhead; the optima stay in its lower half."""
+    highest = lr_sweep.learning_rate.where(lr_sweep.diverged == 0).max("learning_rate")
+    nearly = lr_sweep.assign(val_loss=lr_sweep.val_loss.where(lr_sweep.learning_rate != highest, 60.0))
+    for optimizer in ("adamw", "sgd"):
+        figure, table = figures.lr_transfer(nearly, optimizer)
+        optima = table.dropna(subset="optimum_log2_learning_rate")
+        assert len(optima)
+        for ax, (_, rules) in zip(figure.axes, table.groupby("rules", sort=False), strict=True):
+            floor, ceiling = ax.get_ylim()
+            circles = [line for line in ax.lines if line.get_marker() == "o"]
+            assert len(circles) == rules.dropna(subset="optimum_log2_learning_rate").width.nunique() > 0
+            heights = np.concatenate([line.get_ydata() for line in circles])
+            assert (floor < heights).all() and (heights < (floor + ceiling) / 2).all()
+            ends = rules[["optimum_low", "optimum_high"]].dropna().to_numpy()
+            assert ax.get_xlim()[0] < ends.min() and ends.max() < ax.get_xlim()[1]
+            arrowheads = [line for line in ax.lines if line.get_marker() == "^" and len(line.get_xdata())]
+            assert ceiling < 30 and len(arrowheads) == rules.width.nunique()
+
+
+def test_a_row_without_its_first_panel_keeps_its_numbers(both_modes: xr.Dataset) -> None:
+    partial = both_modes.copy(deep=True)
+    for name in ("train_loss", "val_loss", "diverged"):
+        partial[name].loc[{"growth": "head_dim", "rules": "sp"}] = np.nan
+    above, _, empty, beside = figures.lr_transfer(partial, "adamw").figure.axes
+    assert not empty.axison
+    assert "larger heads" in beside.get_ylabel() and any(label.get_visible() for label in beside.get_yticklabels())
+    assert "learning rate" in above.get_xlabel() and any(label.get_visible() for label in above.get_xticklabels())
+
+
 def test_coordinate_check_of_one_width_has_no_exponent(coordinates: xr.Dataset) -> None:
     drawing = figures.coordinate_check(coordinates.sel(width=[32]))
     assert drawing.table.exponent.isna().all()
@@ -251,7 +334,7 @@ def test_exponents_of_the_coordinate_check_touch_no_data(coordinates: xr.Dataset
     dataset = dataset.assign(change=dataset.change * 2 ** (octaves * (dataset.seed - 1)))
     arrows = 0
     for ax in figures.coordinate_check(dataset).figure.axes:
-        labels = [text for text in ax.texts if text.get_text()[:1] in {"+", "−", "0"}]
+        labels = [text for text in ax.texts if text.get_text()[:1] in style.RULE_SIGNS.values()]
         assert len(labels) == len(EXPONENTS)
         boxes = [text.get_window_extent() for text in labels]
         assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[i + 1 :])
@@ -439,7 +522,7 @@ def test_the_papers_losses_are_as_printed(drawings: dict[str, figures.Drawing]) 
     assert paper.minus_base["adamw", "sp", 1024] == pytest.approx(2.8613 - 3.4525)
     assert paper.multiple["sgd", "sp", 1024] == 4
     assert paper[["minus_sp_low", "minus_base_high"]].isna().all(axis=None)
-    assert "SGD losses at the base width, of one model, differ by 0.09" in title_of(drawings["published_losses"])
+    assert "SGD: paper −0.05 to −0.04 (its runs of one model differ by 0.09)" in title_of(drawings["published_losses"])
 
 
 def test_our_differences_are_paired_by_seed(lr_sweep: xr.Dataset) -> None:
@@ -590,13 +673,28 @@ def test_verdicts_need_no_drawing() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_the_legend_of_optima_hides_no_interval(lr_sweep: xr.Dataset) -> None:
-    figure = figures.optimum_vs_width(lr_sweep).figure
-    figure.canvas.draw()
+def test_panels_of_an_optimizer_share_an_axis_that_fits_its_optima(everything: dict[str, figures.Drawing]) -> None:
+    figure, table = everything["optimum_vs_width"]
+    for j, optimizer in enumerate(OPTIMIZER_TITLES):
+        panels = figure.axes[j :: len(OPTIMIZER_TITLES)]
+        low, high = panels[0].get_ylim()
+        assert {ax.get_ylim() for ax in panels} == {(low, high)}
+        optima = table[table.optimizer == optimizer]
+        assert low < optima.optimum_low.min() and optima.optimum_high.max() < high
+        assert optima.optimum_high.max() - optima.optimum_low.min() > 0.8 * (high - low)
     for ax in figure.axes:
-        legend = ax.get_legend().get_window_extent().y1
-        ends = [y for line in ax.lines for y in np.atleast_1d(line.get_ydata()).astype(float)]
-        for collection in ax.collections:
-            ends += [y for path in collection.get_paths() for y in path.vertices[:, 1]]
-        lowest = ax.transData.transform((1.0, min(y for y in ends if np.isfinite(y))))[1]
-        assert legend <= lowest, ax.get_title(loc="left")
+        assert ax.get_legend().get_window_extent().x0 >= ax.get_window_extent().x1
+
+
+def test_an_interval_far_above_all_regrets_leaves_its_panel(both_modes: xr.Dataset) -> None:
+    """Where seeds disagree about the edge of divergence; the others keep an axis on which they are seen."""
+    unsure = both_modes.sel(rules=["gdn_mup"]).copy(deep=True)
+    place = {"growth": "head_dim", "width": 128, "seed": 2}
+    unsure.val_loss.loc[place] = unsure.val_loss.loc[place].where(unsure.learning_rate < 2.0**-4.5, 6.0)
+    drawing = figures.growth_modes(unsure)
+    ceiling = drawing.figure.axes[2].get_ylim()[1]
+    assert {ax.get_ylim()[1] for ax in drawing.figure.axes[2:]} == {ceiling}
+    farthest = drawing.table.regret_high.replace(np.inf, np.nan).max()
+    others = drawing.table.regret_high[drawing.table.regret_high < farthest]
+    assert farthest > ceiling > max(drawing.table.transfer_regret.max(), others.max())
+    assert f"to {farthest:.1f}" in {text.get_text() for text in texts_of(drawing)}

@@ -40,7 +40,7 @@ from gdn_mup.study.titles import GROWTH_TITLES, OPTIMIZER_TITLES, RULE_TITLES
 CLIPPING_TITLES = {"none": "no clipping", "global_norm": "raw norm", "width_invariant_norm": "width-invariant norm"}
 CLIPPING_COLOURS = {"none": "0.35", "global_norm": "C3", "width_invariant_norm": "C0"}
 CLIPPING_MARKERS = {"none": "s", "global_norm": "o", "width_invariant_norm": "^"}
-STAGES = {"first": "first update", "late": f"last {LATE:.0%} of the updates"}
+STAGES = {"first": "first update", "late": f"last {100 * LATE:.0f} % of the updates"}
 
 
 @styled
@@ -139,10 +139,10 @@ def _norms_finding(exponents: pd.DataFrame) -> str:
             part = exponents[(exponents.clipping == "global_norm") & np.isfinite(exponents.exponent)]
         stages = [part[part.stage == stage].exponent for stage in STAGES]
         if all(len(stage) for stage in stages):
-            parts.append(f"{name} {signed_range(stages[0])}, {signed_range(stages[1])}")
+            parts.append(f"{name} {signed_range(stages[0])} | {signed_range(stages[1])}")
     if not parts:
         return "Norms were measured at too few widths to say how they grow."
-    return f"Width exponent of the gradient norm, at init and late: {'; '.join(parts)}."
+    return f"Width exponent of the norm, at init | late: {'; '.join(parts)}."
 
 
 def _optima_finding(found: list[ClippedSweeps]) -> str:

@@ -16,6 +16,7 @@ from gdn_mup.study.figures.style import (
     FULL_WIDTH,
     RULE_COLOURS,
     RULE_MARKERS,
+    RULE_SIGNS,
     Drawing,
     distinct,
     legend,
@@ -43,8 +44,11 @@ COORDINATE_TITLES = {
 # d_k^-1/2, and an entry of S, a sum of k vᵀ, is that times an entry of v: Sᵀ q then keeps its size.
 EXPECTED_EXPONENTS = {("head_dim", quantity): -0.5 for quantity in ("q", "k", "state")}
 FLAT = 0.25  # a fitted width exponent within this of the expected one is not called growth or decay
-MOST_OCTAVES = 4.0  # the coordinate check cuts lines off here: one that explodes does not flatten the others
+# Rows of the coordinate check that reach farther than the second are cut off at the first: a line that explodes does
+# not flatten the others.
+MOST_OCTAVES, FARTHEST_OCTAVES = 4.0, 6.0
 OUTSIDE_BLOCKS = -1
+_MARGIN = 0.4  # octaves of width on either side of the data
 
 
 def coordinate_table(dataset: xr.Dataset) -> pd.DataFrame:
@@ -86,7 +90,8 @@ def coordinate_check(dataset: xr.Dataset, quantities: Sequence[str] = COORDINATE
 
     A column per quantity (in the last block, or outside the blocks), a row per (growth, optimizer) with its own
     vertical axis, a line per rule set, shifted sideways so that equal ones are seen. Bars span the seeds, numbers
-    are fitted width exponents, the grey line is the dependence on width that a quantity should have. The table
+    are fitted width exponents, the grey line is the dependence on width that a quantity should have. An arrow is a line
+    that leaves its panel, and the number beside it how far it goes. The table
     has every quantity, measure, layer and step. Raises UserError if the dataset holds no change to draw.
     """
     table = coordinate_table(dataset)
@@ -117,12 +122,13 @@ def coordinate_check(dataset: xr.Dataset, quantities: Sequence[str] = COORDINATE
         axes[i, 0].set_ylabel(f"{OPTIMIZER_TITLES[optimizer]}\n{GROWTH_TITLES[growth]}")
     widths = sorted(shown.width.unique())
     width_axis(axes[0, 0], widths)
-    axes[0, 0].set_xlim(np.log2(widths[0]) - 0.4, np.log2(widths[-1]) + 0.4)
+    axes[0, 0].set_xlim(np.log2(widths[0]) - _MARGIN, np.log2(widths[-1]) + _MARGIN)
     for ax in axes[-1]:
         ax.set_xlabel("width")
     updates = shown.step.unique()
     when = f"after {updates[0]} updates" if len(updates) == 1 else "at the last step"
     label = f"RMS of the change {when}, relative to base width"
+    figure.align_ylabels()
     figure.supylabel(textwrap.fill(label, int(13.5 * figure.get_figheight())), fontsize=8)
     title(figure, _growth_finding(shown))
     handles = [
@@ -131,7 +137,9 @@ def coordinate_check(dataset: xr.Dataset, quantities: Sequence[str] = COORDINATE
     ]
     for handle, name in zip(handles, rules, strict=True):
         handle.set_label(RULE_TITLES[name])
-    handles.append(Line2D([], [], color="0.6", lw=0.8, label="width-independent training"))
+    if shown.exponent.notna().any():
+        handles.append(Line2D([], [], ls="none", label="+0.50: change ∝ width$^{0.50}$"))
+    handles.append(Line2D([], [], color="0.6", lw=0.8, label="width-independent"))
     legend(figure, handles)
     return Drawing(figure, table)
 
@@ -154,8 +162,10 @@ def _octave_range(shown: pd.DataFrame, first_width: int, text: float) -> tuple[f
     """
     low = np.log2(shown.relative * shown.low / shown["size"])
     high = np.log2(shown.relative * shown.high / shown["size"])
-    below = min(max(-low.min(), 0.8), MOST_OCTAVES)
-    above = min(max(high.max(), 0.8), MOST_OCTAVES)
+    below, above = (
+        octaves if octaves <= FARTHEST_OCTAVES else MOST_OCTAVES
+        for octaves in (max(-low.min(), 0.8), max(high.max(), 0.8))
+    )
     margin = 0.06 * (below + above)
     below, above = below + margin, above + margin
     first = shown.width == first_width
@@ -177,7 +187,7 @@ def _coordinate_lines(ax: Axes, panel: pd.DataFrame, rules: Sequence[str], expec
         if line.empty:
             continue
         colour = RULE_COLOURS[name]
-        x = np.log2(line.width.to_numpy(float)) + 0.14 * (k - (len(rules) - 1) / 2)
+        x = np.log2(line.width.to_numpy(float)) + 0.05 * (ends[1] - ends[0] + 2 * _MARGIN) * (k - (len(rules) - 1) / 2)
         y = np.log2(line.relative.to_numpy())
         size = line["size"].to_numpy()
         # Later lines are thinner: where two coincide the first shows on both sides of the second.
@@ -188,7 +198,7 @@ def _coordinate_lines(ax: Axes, panel: pd.DataFrame, rules: Sequence[str], expec
         if len(beyond) and beyond[0] > 0:
             _leaving(ax, x, y, int(beyond[0]), ceiling if y[beyond[0]] > ceiling else floor, colour)
         if np.isfinite(exponent := line.exponent.iloc[0]):
-            exponents.append((colour, signed(exponent)))
+            exponents.append((colour, f"{RULE_SIGNS[name]} {signed(exponent)}"))
     rising = ceiling >= -floor
     for k, (colour, text) in enumerate(exponents):
         lines_from_edge = k if rising else k - len(exponents) + 1

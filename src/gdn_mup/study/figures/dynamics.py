@@ -6,8 +6,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import xarray as xr
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from gdn_mup.study.dynamics import BETA, HALF_LIFE, RANK, Quantity, gate_dynamics, of
@@ -25,7 +27,7 @@ from gdn_mup.study.figures.style import (
 )
 from gdn_mup.study.titles import GROWTH_TITLES, OPTIMIZER_TITLES, RULE_TITLES
 
-QUANTITY_TITLES = {RANK: "effective rank of S", HALF_LIFE: "median half-life", BETA: "mean β"}
+QUANTITY_TITLES = {RANK: "rank of S", HALF_LIFE: "median half-life", BETA: "mean β"}
 _LEAST_RANGE = {True: 1.0, False: 0.1}  # of an axis, by whether it shows ratios (octaves) or differences
 
 
@@ -63,10 +65,13 @@ def gate_and_state_dynamics(dataset: xr.Dataset, rules: Sequence[str] = ("sp", "
         ax.set_xticks(steps, [str(step) for step in steps])
         ax.xaxis.set_minor_locator(NullLocator())
         ax.set_xlabel("updates")
-    figure.supylabel("change since init: factor for rank and half-life, difference for β", fontsize=8)
+    figure.align_ylabels()
+    figure.supylabel("change since init: factor for effective rank and half-life, difference for β", fontsize=8)
     title(figure, _finding(shown))
-    handles = [Line2D([], [], color=colour, marker="o", ms=3, label=str(width)) for width, colour in colours.items()]
-    handles.append(Line2D([], [], color="0.3", alpha=0.2, lw=6, label="95 % interval over seeds"))
+    handles: list[Artist] = [
+        Line2D([], [], color=colour, marker="o", ms=3, label=str(width)) for width, colour in colours.items()
+    ]
+    handles.append(Patch(color="0.3", alpha=0.2, lw=0, label="95 % interval over seeds"))
     legend(figure, handles, "width")
     return Drawing(figure, table)
 
@@ -102,14 +107,15 @@ def _finding(shown: pd.DataFrame) -> str:
     last = widest[widest.step == widest.groupby(["growth", "optimizer"]).step.transform("max")]
     steps = distinct(last.step)
     when = f"after {steps[0]} updates" if len(steps) == 1 else "at the last step"
-    lines = [f"Effective rank of the state at width {last.width.iloc[0]} {when}, over that at init:"]
-    for optimizer, part in of(last, RANK).groupby("optimizer", sort=False):
-        factors = [
-            ", ".join(f"{RULE_TITLES[row.rules]} {row.change:.2f}" for row in each.itertuples())
-            + f" ({GROWTH_TITLES[growth]})"
-            for growth, each in part.groupby("growth", sort=False)
-        ]
-        lines.append(f"{OPTIMIZER_TITLES[optimizer]}: {'; '.join(factors)}.")
+    ranks = of(last, RANK).groupby(["optimizer", "rules"], sort=False).change
+    by_optimizer: dict[str, list[str]] = {}
+    for (optimizer, name), changes in ranks:  # over growth modes
+        ends = distinct(f"{change:.2f}" for change in (changes.min(), changes.max()))
+        by_optimizer.setdefault(OPTIMIZER_TITLES[optimizer], []).append(f"{RULE_TITLES[name]} {' to '.join(ends)}")
+    lines = [
+        f"Effective rank of the state at width {last.width.iloc[0]} {when}, over that at init:",
+        "; ".join(f"{optimizer}: {', '.join(found)}" for optimizer, found in by_optimizer.items()) + ".",
+    ]
     half_lives = of(last, HALF_LIFE).dropna(subset="change_low")
     if len(half_lives):
         moved = ((half_lives.change_low > 1) | (half_lives.change_high < 1)).sum()

@@ -1,11 +1,14 @@
 """Figures of width exponents: predicted against measured, and the gates' gradients over training."""
 
+from typing import Any
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MultipleLocator
 
 from gdn_mup.study.exponents import GATES, exponents, gate_gradients
 from gdn_mup.study.figures.style import (
@@ -61,7 +64,8 @@ def predicted_exponents(dataset: xr.Dataset) -> Drawing:
         row[0].set_ylabel(f"measured, {stage}")
     for ax in axes[-1]:
         ax.set(xlabel="predicted exponent", xlim=(-_FARTHEST, _FARTHEST), ylim=(-_FARTHEST, _FARTHEST))
-    title(figure, _agreement_finding(first, last))
+        ax.xaxis.set_major_locator(MultipleLocator(1))
+    title(figure, _agreement_finding(first, last, _widths(dataset)))
     handles = [
         Line2D([], [], color=RULE_COLOURS[name], marker=RULE_MARKERS[name], ls="none", ms=4, label=RULE_TITLES[name])
         for name in rules
@@ -75,8 +79,8 @@ def predicted_exponents(dataset: xr.Dataset) -> Drawing:
 def gate_gradient_exponents(dataset: xr.Dataset) -> Drawing:
     """Width exponent of the gates' gradients against updates done, a row per (growth, optimizer), a line per rule set.
 
-    Bands are 95 % intervals over seeds; grey lines are the two premises: terms of independent signs (dashed, that of
-    arXiv 2606.04048) and aligned terms (solid). The table has every exponent.
+    Bars are 95 % intervals over seeds; grey lines are the two premises: terms of independent signs (dashed, that of
+    arXiv 2606.04048) and aligned terms (solid). Lines and bars may leave the panels. The table has every exponent.
     """
     table = gate_gradients(dataset)
     rows = distinct(zip(table.growth, table.optimizer, strict=True))
@@ -95,9 +99,10 @@ def gate_gradient_exponents(dataset: xr.Dataset) -> Drawing:
             ax.axhline(premises.aligned, color="0.5", lw=0.9, zorder=0)
             for name in rules:
                 line = panel[panel.rules == name].sort_values("step")
-                if len(line):
-                    ax.fill_between(line.step, line.low, line.high, color=RULE_COLOURS[name], alpha=0.15, lw=0)
-                    ax.plot(line.step, line.exponent, color=RULE_COLOURS[name], marker=RULE_MARKERS[name], ms=3, lw=1)
+                look: Any = {"color": RULE_COLOURS[name]}
+                step = line.step * 2 ** (0.15 * (rules.index(name) - (len(rules) - 1) / 2))  # side by side
+                ax.vlines(step, line.low, line.high, lw=0.8, alpha=0.6, zorder=1, **look)
+                ax.plot(step, line.exponent, marker=RULE_MARKERS[name], ms=3.5, mec="white", mew=0.3, lw=1, **look)
             ax.set_xscale("log", base=2)
             ax.set_ylim(-1.75, 1.25)
             panel_title(ax, next(letter), GATE_TITLES[gate] if i == 0 else "")
@@ -106,8 +111,9 @@ def gate_gradient_exponents(dataset: xr.Dataset) -> Drawing:
     for ax in axes[-1]:
         ax.set_xticks(steps, [str(step) for step in steps])
         ax.set_xlabel("update")
+    figure.align_ylabels()
     figure.supylabel("width exponent of the gradient", fontsize=8)
-    title(figure, _premise_finding(table))
+    title(figure, _premise_finding(table, _widths(dataset)))
     handles = [
         Line2D([], [], color=RULE_COLOURS[name], marker=RULE_MARKERS[name], ms=4, lw=1, label=RULE_TITLES[name])
         for name in rules
@@ -140,29 +146,35 @@ def _points(ax: Axes, part: pd.DataFrame, colour: str, marker: str) -> None:
         )  # fmt: skip
 
 
-def _agreement_finding(first: pd.DataFrame, last: pd.DataFrame) -> str:
+def _widths(dataset: xr.Dataset) -> str:
+    return f"widths {int(dataset.width.min())} to {int(dataset.width.max())}"
+
+
+def _agreement_finding(first: pd.DataFrame, last: pd.DataFrame, widths: str) -> str:
     def share(part: pd.DataFrame) -> str:
         decided = part[part.agreement != "undecided"]
-        return f"{(decided.agreement == 'agrees').mean():.0%} of {len(decided)}"
+        return (
+            f"{100 * (decided.agreement == 'agrees').mean():.0f} % of {len(decided)}" if len(decided) else "none of 0"
+        )
 
     return (
-        f"As predicted: {share(first)} width exponents at init and in the first update,\n"
+        f"As predicted, at {widths}: {share(first)} exponents at init and in the first update,\n"
         f"{share(last)} after {int(last.step.max())} updates"
     )
 
 
-def _premise_finding(table: pd.DataFrame) -> str:
-    """What the pooled exponents of the first and last step are nearer to, where the premises differ."""
+def _premise_finding(table: pd.DataFrame, widths: str) -> str:
+    """The mean exponents of the first and last step, where the premises differ, and how many tell them apart."""
     differ = table[(table.independent != table.aligned) & (table.rules != "sp")]
     if differ.empty:
         return "Gate gradients: both premises predict the same exponents here"
     lines = []
     for optimizer, part in differ.groupby("optimizer", sort=False):
-        ends = [part[part.step == step].exponent.mean() for step in (part.step.min(), part.step.max())]
-        start, end = map(signed, ends)
-        growth = GROWTH_TITLES[part.growth.iloc[0]]
-        lines.append(
-            f"{OPTIMIZER_TITLES[optimizer]}, {growth}, μP: exponent {start} in the first update, "
-            f"{end} in update {part.step.max()}"
-        )
-    return "\n".join(["Gate gradients against width", *lines])
+        first, last = (part[part.step == step] for step in (part.step.min(), part.step.max()))
+        known = last.dropna(subset=["low", "high"])
+        decide = (known.low > known.independent) | (known.high < known.aligned)
+        apart = f", where {decide.sum()} of {len(known)} intervals tell the premises apart" if len(known) else ""
+        means = [f"{signed(each.exponent.mean())} in update {each.step.iloc[0]}" for each in (first, last)]
+        lines.append(f"{OPTIMIZER_TITLES[optimizer]}: {', '.join(means)}{apart}")
+    growth = GROWTH_TITLES[differ.growth.iloc[0]]
+    return "\n".join([f"Mean width exponent of gate gradients, μP rule sets, {growth}, {widths}", *lines])

@@ -14,6 +14,7 @@ from gdn_mup.study.figures.style import (
     FULL_WIDTH,
     RULE_COLOURS,
     RULE_MARKERS,
+    RULE_SIGNS,
     Drawing,
     distinct,
     legend,
@@ -26,11 +27,11 @@ from gdn_mup.study.figures.style import (
     width_axis,
 )
 from gdn_mup.study.figures.transfer import optima_against_width, optimum_rows, slope_text
-from gdn_mup.study.optimum import Transfer, signed, transfers
+from gdn_mup.study.optimum import Transfer, signed_range, transfers
 from gdn_mup.study.titles import GROWTH_TITLES, OPTIMIZER_TITLES, RULE_TITLES
 
 _LINE = 9.0  # points: a line of text in a panel
-_OFF = 1e3  # nats: where the interval of a regret that may be divergence ends, off every panel
+_FAR = 3.0  # an interval leaves its panel if it ends at so many times the largest regret and the median interval
 _SHIFT = 0.08  # octaves of width between rule sets
 
 
@@ -58,6 +59,7 @@ def growth_modes(dataset: xr.Dataset) -> Drawing:
     columns = len(GROWTH_TITLES) * len(pairs)
     figure, axes = plt.subplots(2, columns, figsize=(FULL_WIDTH, 4.9), squeeze=False, sharex="col")
     letter = letters()
+    floor, ceiling = _regret_range(sweeps)
     for i, (optimizer, both) in enumerate(pairs.items()):
         panels = axes[:, len(GROWTH_TITLES) * i :]
         for j, growth in enumerate(GROWTH_TITLES):
@@ -70,15 +72,15 @@ def growth_modes(dataset: xr.Dataset) -> Drawing:
             for sweep in here:
                 shift = _SHIFT * (here.index(sweep) - (len(here) - 1) / 2)
                 optima_against_width(upper, sweep, shift, RULE_COLOURS[sweep.rules], RULE_MARKERS[sweep.rules])
-                _regrets(lower, sweep, shift)
+                _regrets(lower, sweep, shift, ceiling)
             width_axis(lower, distinct(width for s in here for width in s.widths))
             lower.set_xlabel("width")
             panel_title(upper, next(letter), f"{OPTIMIZER_TITLES[optimizer]}, {GROWTH_TITLES[growth]}")
-        for j, growth in enumerate(GROWTH_TITLES):
-            _slopes(panels[0, j], [s for s in both if s.growth == growth], make_room=j == 0)
+            _slopes(upper, here)
         power_axis(panels[0, 0].yaxis)
-        panels[1, 0].set_ylim(*_regret_range(both))
     for ax in axes[1]:
+        ax.set_ylim(floor, ceiling)
+        ax.tick_params(labelleft=ax is axes[1, 0])
         panel_title(ax, next(letter), "")
     axes[0, 0].set_ylabel("best learning rate\n(at the base width)")
     axes[1, 0].set_ylabel("transfer regret\n(nats/token)")
@@ -96,50 +98,60 @@ def growth_modes(dataset: xr.Dataset) -> Drawing:
     return Drawing(figure, _table(sweeps))
 
 
-def _regrets(ax: Axes, sweep: Transfer, shift: float) -> None:
+def _regrets(ax: Axes, sweep: Transfer, shift: float, ceiling: float) -> None:
     """Transfer regret of one rule set against width; where it has no number, its line is broken."""
     colour, marker = RULE_COLOURS[sweep.rules], RULE_MARKERS[sweep.rules]
     x = np.log2(sweep.widths) + shift
     regrets = [sweep.regrets[width] for width in sweep.widths]
     values = np.array([regret.value for regret in regrets])
     finite = np.where(np.isfinite(values), values, np.nan)
-    ends = np.nan_to_num([regret.interval for regret in regrets], nan=np.nan, posinf=_OFF)
+    low, high = np.array([regret.interval for regret in regrets]).T
     ax.plot(x, finite, color=colour, lw=1, marker=marker, mec="white", mew=0.5, ms=5, zorder=3)
-    ax.vlines(x, *ends.T, color=colour, lw=1.4, zorder=2)
+    ax.vlines(x, low, np.minimum(high, ceiling), color=colour, lw=1.4, zorder=2)
+    for place in np.flatnonzero(np.isfinite(finite) & (high > ceiling)):
+        ax.plot(x[place], ceiling, "^", color=colour, ms=4, mew=0, clip_on=False, in_layout=False)
+        if np.isfinite(high[place]):
+            far = f"to {high[place]:.1f}"
+            ax.annotate(far, (x[place], ceiling), (-4, 0), textcoords="offset points", ha="right", va="top", fontsize=7)
     diverged = x[np.isinf(values)]
     top = np.full(len(diverged), 0.97)
     ax.plot(diverged, top, "x", color=colour, mew=1.2, ms=5, transform=ax.get_xaxis_transform(), zorder=3)
 
 
 def _regret_range(sweeps: Sequence[Transfer]) -> tuple[float, float]:
-    """From below 0 to above the largest finite regret and the end of every finite interval."""
-    ends = [end for s in sweeps for r in s.regrets.values() for end in (r.value, r.interval.high)]
-    top = max([0.01, *(end for end in ends if np.isfinite(end))])
+    """From below 0 to above the largest finite regret and the ends of intervals, but for those that end far above."""
+    regrets = [regret for s in sweeps for regret in s.regrets.values() if np.isfinite(regret.value)]
+    ends = np.array([regret.interval.high for regret in regrets if 0 < regret.interval.high < np.inf])
+    usual = max([0.01, *(regret.value for regret in regrets), *([np.median(ends)] if len(ends) else [])])
+    top = max([usual, *ends[ends <= _FAR * usual]])
     return -0.06 * top, 1.15 * top
 
 
-def _slopes(ax: Axes, sweeps: Sequence[Transfer], make_room: bool) -> None:
-    """Slopes below the data, each in its rule set's colour, for which the axis is made longer."""
-    if make_room:
-        low, high = ax.get_ylim()
-        ax.set_ylim(high - (high - low) / (1 - 0.09 * (len(sweeps) + 1)), high)
+def _slopes(ax: Axes, sweeps: Sequence[Transfer]) -> None:
+    """Slopes below a panel, each with its rule set's marker and in its colour."""
     lines = [("octaves per doubling", "0.15")]
-    lines += [(slope_text(s).removeprefix("slope "), RULE_COLOURS[s.rules]) for s in sweeps]
-    for k, (text, colour) in enumerate(reversed(lines)):
-        ax.annotate(text, (0, 0), (4, 3 + _LINE * k), "axes fraction", "offset points", color=colour, fontsize=7)
+    lines += [(f"{RULE_SIGNS[s.rules]} {slope_text(s).removeprefix('slope ')}", RULE_COLOURS[s.rules]) for s in sweeps]
+    for k, (text, colour) in enumerate(lines):
+        ax.annotate(
+            text, (0, 0), (0, -6 - _LINE * k), "axes fraction", "offset points", color=colour, fontsize=7, va="top"
+        )  # fmt: skip
 
 
 def _finding(sweeps: Sequence[Transfer]) -> str:
-    """Slopes under either growth mode, a line per optimizer."""
+    """Slopes under either growth mode, a line per optimizer: SP's and, where the others are many, their range."""
     lines = ["Octaves by which the optimum moves when width doubles, by more heads | by larger heads"]
     for optimizer in distinct(s.optimizer for s in sweeps):
         here = [s for s in sweeps if s.optimizer == optimizer]
+        others = distinct(s.rules for s in here if s.rules != "sp")
+        groups = {"SP": ["sp"]} if any(s.rules == "sp" for s in here) else {}
+        groups |= {RULE_TITLES[name]: [name] for name in others} if len(others) <= 2 else {"the others": others}
         parts = []
-        for name in distinct(s.rules for s in here):
-            found = {s.growth: s.slope for s in here if s.rules == name}
-            slopes = ["unknown" if found[g].reason else signed(found[g].value) for g in GROWTH_TITLES]
-            parts.append(unbroken(f"{RULE_TITLES[name]} {' | '.join(slopes)}"))
-        lines.append(f"{OPTIMIZER_TITLES[optimizer]}: {', '.join(parts)}")
+        for name, rules in groups.items():
+            slopes = [[s.slope for s in here if s.rules in rules and s.growth == growth] for growth in GROWTH_TITLES]
+            known = [[slope.value for slope in each if not slope.reason] for each in slopes]
+            ranges = [signed_range(each) if each else "unknown" for each in known]
+            parts.append(f"{name} {' | '.join(ranges)}")
+        lines.append(unbroken(f"{OPTIMIZER_TITLES[optimizer]}: {', '.join(parts)}"))
     return "\n".join(lines)
 
 

@@ -15,6 +15,8 @@ from gdn_mup.study.figures.style import (
     RULE_MARKERS,
     Drawing,
     distinct,
+    label_below,
+    label_left,
     legend_beside,
     letters,
     panel_title,
@@ -42,8 +44,8 @@ def loss_vs_width(dataset: xr.Dataset) -> Drawing:
     table = loss_table(dataset)
     rows = dict(list(table.groupby(["growth", "optimizer"], sort=False)))
     columns = table.groupby(["growth", "optimizer"]).rules.nunique().max()
-    size = (FULL_WIDTH, 0.8 + 1.75 * len(rows))
-    figure, axes = plt.subplots(len(rows), columns, figsize=size, sharey="row", squeeze=False)
+    size = (FULL_WIDTH, 1.1 + 1.5 * len(rows))
+    figure, axes = plt.subplots(len(rows), columns, figsize=size, sharex=True, sharey="row", squeeze=False)
     letter, free, diverges = letters(), [], False
     for ((growth, optimizer), here), panels in zip(rows.items(), axes, strict=True):
         rules = [name for name in RULE_TITLES if name in set(here.rules)]
@@ -54,17 +56,18 @@ def loss_vs_width(dataset: xr.Dataset) -> Drawing:
                 ax.plot(np.log2(reference.width), reference.loss.where(np.isfinite), color="0.7", lw=1, zorder=0)
             for way, shift in ((OWN_BEST, _SHIFT), (TRANSFERRED, -_SHIFT)):
                 diverges |= _losses(ax, panel[panel.learning_rate == way], way, name, shift)
-            width_axis(ax, sorted(panel.width.unique()))
             panel_title(ax, next(letter), RULE_TITLES[name])
         for ax in panels[len(rules) :]:
             free.append(ax.get_subplotspec())
             ax.remove()
-        panels[0].set_ylabel(f"{OPTIMIZER_TITLES[optimizer]}, {GROWTH_TITLES[growth]}\nheld-out loss (nats/token)")
-    for ax in figure.axes:
-        ax.set_xlabel("width")
+        label_left(panels, f"{OPTIMIZER_TITLES[optimizer]}\n{GROWTH_TITLES[growth]}")
+    width_axis(axes[0, 0], sorted(table.width.unique()))
+    label_below(axes, "width")
+    figure.align_ylabels()
+    figure.supylabel("held-out loss (nats/token)", fontsize=8)
     title(figure, _cost_finding(transfers(dataset)))
     handles = [
-        Line2D([], [], color="0.3", marker="o", mec="white", mew=0.5, ms=5, label="at the transferred\nlearning rate"),
+        Line2D([], [], color="0.3", marker="o", mec="white", mew=0.5, ms=5, label="at the transferred learning rate"),
         Line2D([], [], color="0.3", marker="o", mfc="white", ls=_DASHED, ms=4.5, label="at the width's own best"),
         Line2D([], [], color="0.3", lw=1.2, marker="|", ls="none", ms=9, label="95 % interval over seeds"),
     ]
@@ -94,23 +97,29 @@ def _losses(ax: Axes, line: pd.DataFrame, way: str, rules: str, shift: float) ->
 
 
 def _cost_finding(sweeps: Sequence[Transfer]) -> str:
-    """What the transferred learning rate costs at the widest width, under each rule set."""
-    lines = ["Cost of the transferred learning rate at the widest width, in nats, with 95 % intervals"]
-    for growth, optimizer in distinct((s.growth, s.optimizer) for s in sweeps):
-        here = [s for s in sweeps if (s.growth, s.optimizer) == (growth, optimizer)]
-        several = f", {GROWTH_TITLES[growth]}" if len({s.growth for s in sweeps}) > 1 else ""
-        for width in distinct(s.widths[-1] for s in here):
-            costs = [
-                unbroken(f"{RULE_TITLES[s.rules]} {_cost(s.regrets[width])}") for s in here if s.widths[-1] == width
-            ]
-            lines.append(f"{OPTIMIZER_TITLES[optimizer]}{several}, width {width}: {', '.join(costs)}")
+    """What the transferred learning rate costs at the widest width: under SP, and the most under another rule set."""
+    lines = ["The most that the transferred learning rate costs, in nats [95 % interval]"]
+    for optimizer in distinct(s.optimizer for s in sweeps):
+        here = [s for s in sweeps if s.optimizer == optimizer]
+        widest = max(s.widths[-1] for s in here)
+        costs = [(s.rules, s.regrets[widest]) for s in here if s.widths[-1] == widest]
+        sp, others = ([cost for cost in costs if (cost[0] == "sp") == is_sp] for is_sp in (True, False))
+        parts = [f"SP {_most(sp)[1]}"] if sp else []
+        if others:
+            rules, cost = _most(others)
+            several = len({rules for rules, _ in others}) > 1
+            parts.append(f"{'worst other: ' * several}{RULE_TITLES[rules]} {cost}" if rules else f"others {cost}")
+        lines.append(unbroken(f"{OPTIMIZER_TITLES[optimizer]}, width {widest}: {'; '.join(parts)}"))
     return "\n".join(lines)
 
 
-def _cost(regret: Regret) -> str:
-    if regret.reason:
-        return "unknown"
-    if np.isinf(regret.value):
-        return "diverges"
-    low, high = regret.interval
-    return f"{regret.value:.2f} [{low:.2f}, {high:.2f}]"
+def _most(costs: Sequence[tuple[str, Regret]]) -> tuple[str, str]:
+    """Under which of these rule sets the cost is largest, empty if that is unknown, and the cost in words."""
+    known = [(rules, regret) for rules, regret in costs if not regret.reason]
+    if not known:
+        return "", "unknown"
+    rules, most = max(known, key=lambda cost: cost[1].value)
+    if np.isinf(most.value):
+        return rules, "diverges"
+    low, high = most.interval
+    return rules, f"{most.value:.2f} [{low:.2f}, {high:.2f}]"

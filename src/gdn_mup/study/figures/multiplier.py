@@ -28,6 +28,7 @@ LINEAR = 0.01  # the figure's axis of changes is linear below, so that it can sh
 
 INIT_TITLES = {"study": "study's init", "usual": "usual init"}
 INIT_COLOURS = {"study": "C0", "usual": "C3"}
+INIT_MARKERS = {"study": "o", "usual": "^"}
 SCALE_TITLES = {"one": "1", "inverse_root": "$K^{-1/2}$"}
 SCALE_LINES = {"one": "-", "inverse_root": (0, (3, 1.5))}
 
@@ -70,7 +71,9 @@ def norm_epsilon(dataset: xr.Dataset) -> Drawing:
     axes[-1, -1].set_xlabel("width")
     title(figure, _finding(shown))
     handles = [Line2D([], [], color=colours[width], label=f"{width}") for width in colours]
-    handles += [Line2D([], [], color=INIT_COLOURS[init], marker="o", label=INIT_TITLES[init]) for init in inits]
+    handles += [
+        Line2D([], [], color=INIT_COLOURS[init], marker=INIT_MARKERS[init], label=INIT_TITLES[init]) for init in inits
+    ]
     scales = [scale for scale in SCALE_TITLES if scale in set(shown.kernel_scale)]
     handles += [Line2D([], [], color="0.3", ls=SCALE_LINES[s], label=f"kernel × {SCALE_TITLES[s]}") for s in scales]
     legend(figure, handles, "width")
@@ -105,7 +108,7 @@ def _sizes(ax: Axes, sizes: pd.DataFrame) -> None:
     for (init, scale), line in smallest.groupby(["init", "kernel_scale"], sort=False):
         widths = sorted(line.width.unique())
         squares = [line[line.width == width].mean_square for width in widths]
-        _line(ax, list(np.log2(widths)), squares, INIT_COLOURS[init], scale)
+        _line(ax, list(np.log2(widths)), squares, INIT_COLOURS[init], scale, INIT_MARKERS[init])
     for epsilon in sorted(sizes.epsilon[sizes.epsilon > 0].unique()):
         ax.axhline(epsilon, color="0.4", lw=0.8, ls=(0, (1, 1.5)), zorder=0)
         ax.annotate(
@@ -117,14 +120,14 @@ def _sizes(ax: Axes, sizes: pd.DataFrame) -> None:
     width_axis(ax, sorted(sizes.width.unique()))
 
 
-def _line(ax: Axes, x: list[float], samples: list[pd.Series], colour: str, scale: str) -> None:
+def _line(ax: Axes, x: list[float], samples: list[pd.Series], colour: str, scale: str, marker: str = "o") -> None:
     """Geometric means of samples over seeds, and their intervals where there are several seeds."""
     smallest = np.finfo(float).tiny  # its logarithm stands for that of 0
     intervals = [over_seeds(np.log(np.maximum(sample.to_numpy(float), smallest))) for sample in samples]
     if not intervals:
         return
     value, low, high = np.exp(np.array(intervals)).T
-    ax.plot(x, value, "o", color=colour, ls=SCALE_LINES[scale], lw=1, mec="white", mew=0.4)
+    ax.plot(x, value, marker, color=colour, ls=SCALE_LINES[scale], lw=1, mec="white", mew=0.4)
     ax.vlines(x, low, high, color=colour, lw=0.9)
 
 
@@ -153,5 +156,5 @@ def _finding(shown: pd.DataFrame) -> str:
             for init in INIT_TITLES
             if init in mean.groups
         ]
-        lines.append(f"With ε = {_scientific(epsilon)} it changes them at init {', '.join(parts)}.")
+        lines.append(f"With ε = {_scientific(epsilon)} it does at init: {', '.join(parts)}.")
     return "\n".join(lines)

@@ -13,12 +13,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.gridspec import SubplotSpec
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MultipleLocator, NullLocator
+from numpy.typing import NDArray
 
 from gdn_mup.files import replacing
 from gdn_mup.study.titles import RULE_TITLES
@@ -53,6 +55,7 @@ STYLE: Any = {  # matplotlib types the keys of rc_context as literals
 _COLOURBLIND = sns.color_palette("colorblind")
 RULE_COLOURS = dict(zip(RULE_TITLES, (_COLOURBLIND[i] for i in (3, 0, 1, 2)), strict=True))
 RULE_MARKERS = dict(zip(RULE_TITLES, "osD^", strict=True))
+RULE_SIGNS = dict(zip(RULE_TITLES, "●■◆▲", strict=True))  # the markers, in text
 
 
 class Drawing(NamedTuple):
@@ -81,8 +84,10 @@ def styled(draw: Callable[..., Drawing]) -> Callable[..., Drawing]:
     def drawn(*arguments: Any, **options: Any) -> Drawing:
         with plt.rc_context(STYLE):
             drawing = draw(*arguments, **options)
-            # Lay out once, while the style holds: every later drawing of the figure would find the same layout again.
-            drawing.figure.canvas.draw()
+            # Lay out now, while the style holds: every later drawing of the figure would find the same layout again.
+            # Twice, since panels of another size may have other ticks.
+            for _ in range(2):
+                drawing.figure.canvas.draw()
             drawing.figure.set_layout_engine("none")
             plt.close(drawing.figure)
         return drawing
@@ -111,6 +116,25 @@ def panel_title(ax: Axes, letter: str, text: str) -> None:
     ax.set_title(rf"$\mathbf{{{letter}}}$  {text}", loc="left", linespacing=1.3)
 
 
+def label_left(row: Iterable[Axes], text: str) -> None:
+    """Label the vertical axis that a row of panels shares, at the first that is drawn."""
+    first = next(ax for ax in row if _drawn(ax))
+    first.set_ylabel(text)
+    first.tick_params(labelleft=True)
+
+
+def label_below(rows: NDArray[np.object_], text: str) -> None:
+    """Label the horizontal axes that columns of panels [rows, columns] share, at the last that is drawn in each."""
+    for column in rows.T:
+        last = next(ax for ax in reversed(column) if _drawn(ax))
+        last.set_xlabel(text)
+        last.tick_params(labelbottom=True)
+
+
+def _drawn(ax: Axes) -> bool:
+    return ax.axison and ax.figure is not None  # neither empty nor removed
+
+
 def title(figure: Figure, text: str) -> None:
     """The finding, broken into lines that fit the figure."""
     characters = int(13.5 * figure.get_figwidth())
@@ -128,10 +152,10 @@ def power_text(rate: float) -> str:
 
 
 def power_axis(axis: Any) -> None:
-    """Ticks of an axis in log₂ units as powers of two, at whole exponents, five or so."""
+    """Ticks of an axis in log₂ units as powers of two, at whole exponents, five or so; at half ones on short axes."""
     low, high = axis.get_view_interval()
-    axis.set_major_locator(MultipleLocator(max(1, round((high - low) / 5))))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"$2^{{{value:.0f}}}$"))
+    axis.set_major_locator(MultipleLocator(max(1, round((high - low) / 5)) if high - low > 2 else 0.5))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"$2^{{{value:g}}}$"))
 
 
 def width_axis(ax: Axes, widths: Sequence[int]) -> None:
@@ -140,7 +164,7 @@ def width_axis(ax: Axes, widths: Sequence[int]) -> None:
     ax.xaxis.set_minor_locator(NullLocator())
 
 
-def legend_beside(figure: Figure, handles: Sequence[Line2D], free: Sequence[SubplotSpec], title: str = "") -> None:
+def legend_beside(figure: Figure, handles: Sequence[Artist], free: Sequence[SubplotSpec], title: str = "") -> None:
     """A column of keys in the place of the first panel that is not needed; a line of them below if every panel is."""
     if not free:
         legend(figure, handles, title)
@@ -151,11 +175,11 @@ def legend_beside(figure: Figure, handles: Sequence[Line2D], free: Sequence[Subp
     keys.set_in_layout(False)  # it may be wider than a panel: beside it there is none
 
 
-def legend(figure: Figure, handles: Sequence[Line2D], title: str = "") -> None:
+def legend(figure: Figure, handles: Sequence[Artist], title: str = "") -> None:
     """Keys below the panels, the title at their left, in as many lines as they need."""
-    keys = [*([Line2D([], [], ls="none", label=title)] if title else []), *handles]
+    keys: list[Artist] = [*([Line2D([], [], ls="none", label=title)] if title else []), *handles]
     characters = sum(len(str(key.get_label())) + 5 for key in keys)
-    columns = -(-len(keys) // -(-characters // int(18 * figure.get_figwidth())))
+    columns = -(-len(keys) // -(-characters // int(17 * figure.get_figwidth())))
     figure.legend(
         handles=[key for i in range(columns) for key in keys[i::columns]],  # matplotlib fills column after column
         loc="outside lower center",

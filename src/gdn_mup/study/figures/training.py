@@ -6,13 +6,17 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import xarray as xr
+from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
 from gdn_mup.study.figures.style import (
     FULL_WIDTH,
     Drawing,
     distinct,
+    label_below,
+    label_left,
     legend_beside,
     letters,
     panel_title,
@@ -68,23 +72,26 @@ def training_curves(dataset: xr.Dataset) -> Drawing:
                         crosses = True
                         ax.plot(mean.index[-1], mean.iloc[-1], "x", color=colours[width], mew=1.2, ms=5, zorder=4)
                 held_out = frame[frame.split == "validation"].groupby("step").loss.mean()
+                if len(held_out):
+                    ceiling = max(ceiling, held_out.iloc[0])  # at init
                 ax.plot(held_out.index, held_out, "o", color=colours[width], mec="white", mew=0.4, ms=3.5)
                 final.append(losses[rate].mean(skipna=False) if rate in losses else np.nan)
             if len(final) > 1:
                 wider_is_better[optimizer, sweep.rules, growth] = bool(np.all(np.diff(final) < 0))
             panel_title(ax, next(letter), f"{RULE_TITLES[sweep.rules]}\nlearning rate {power_text(rate)}")
         if np.isfinite(ceiling):
-            axes[i, 0].set_ylim(floor - 0.04 * (ceiling - floor), ceiling + 0.05 * (ceiling - floor))
-        label = OPTIMIZER_TITLES[optimizer]
-        axes[i, 0].set_ylabel(f"{label}, {GROWTH_TITLES[growth]}\nloss (nats/token)")
-    for upper, lower in zip(axes, [*axes[1:], [None] * columns], strict=True):
-        for ax, below in zip(upper, lower, strict=True):
-            if below is None or below.figure is None:
-                ax.set_xlabel("step (updates)")
+            _loss_axis(axes[i, 0], floor, ceiling)
+        label_left(axes[i], f"{OPTIMIZER_TITLES[optimizer]}\n{GROWTH_TITLES[growth]}")
+    label_below(axes, "step (updates)")
+    for ax in axes[:, 0]:
+        ax.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+    figure.align_ylabels()
+    figure.supylabel("loss (nats/token)", fontsize=8)
     title(figure, _wider_finding(wider_is_better))
+    means = f", means over {window} steps" if window > 1 else ""
     handles = [Line2D([], [], color=colours[w], label=f"{w}") for w in colours]
     handles += [
-        Line2D([], [], color="0.3", label=f"training, means over {window} steps (band: seeds)"),
+        Line2D([], [], color="0.3", label=f"training{means} (band: seeds)"),
         Line2D([], [], color="0.3", marker="o", ls="none", mec="white", mew=0.4, label="held out"),
     ]
     if crosses:
@@ -98,6 +105,16 @@ def _running_means(train: pd.DataFrame, window: int) -> Any:
     wide = train.pivot(index="step", columns="seed", values="loss")
     smooth = wide.rolling(window, center=True, min_periods=1).mean().where(wide.notna())
     return smooth.melt(value_name="loss", ignore_index=False).dropna().groupby("step").loss
+
+
+def _loss_axis(ax: Axes, floor: float, ceiling: float) -> None:
+    """A logarithmic axis, on which the end of training has room beside its start."""
+    margin = (ceiling / floor) ** 0.04
+    ax.set_yscale("log", base=2)
+    ax.set_ylim(floor / margin, ceiling * margin)
+    ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_locator(NullLocator())
 
 
 def _wider_finding(better: dict[tuple[str, str, str], bool]) -> str:

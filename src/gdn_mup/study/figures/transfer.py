@@ -17,6 +17,8 @@ from gdn_mup.study.figures.style import (
     RULE_MARKERS,
     Drawing,
     distinct,
+    label_below,
+    label_left,
     legend,
     letters,
     panel_title,
@@ -30,14 +32,24 @@ from gdn_mup.study.optimum import Optimum, Transfer, signed, transfers
 from gdn_mup.study.titles import GROWTH_TITLES, OPTIMIZER_TITLES, RULE_TITLES, named
 
 _BASE_LINE: dict[str, Any] = {"color": "0.6", "lw": 0.7, "ls": (0, (4, 2))}  # marks the base width's optimum
+_LEAVES: dict[str, Any] = {
+    "marker": "^",
+    "ls": "none",
+    "ms": 3.5,
+    "mew": 0,
+    "clip_on": False,
+    "zorder": 5,
+    "in_layout": False,
+}
 
 
 @styled
 def lr_transfer(dataset: xr.Dataset, optimizer: str) -> Drawing:
     """Held-out loss against learning rate: a panel per rule set (and row per growth mode), a line per width.
 
-    Thin points are seeds, lines their mean; a bar is the optimum's 95 % interval. Crosses at the top edge mark
-    learning rates at which a seed diverged. The table has one row per member.
+    Thin points are seeds, lines their mean; a bar is the optimum's 95 % interval. Panels show the valleys: an arrowhead
+    at the top edge is where a line leaves, a cross below it a learning rate at which a seed diverged. The table has one
+    row per member.
     Raises UserError if the study has no sweep with this optimizer.
     """
     sweeps = transfers(dataset, optimizer)
@@ -64,21 +76,19 @@ def lr_transfer(dataset: xr.Dataset, optimizer: str) -> Drawing:
             ax.set_ylim(floor, ceiling)
             panel_title(ax, next(letter), f"{RULE_TITLES[name]}\n{slope_text(here[name])}")
             power_axis(ax.xaxis)
-        axes[i, 0].set_ylabel(
-            "held-out loss (nats/token)" + (f"\ngrowth by {GROWTH_TITLES[growth]}" if len(growths) > 1 else "")
-        )
-    for ax in axes[-1]:
-        ax.set_xlabel("learning rate\nat the base width")
+        growing = f"\ngrowth by {GROWTH_TITLES[growth]}" if len(growths) > 1 else ""
+        label_left(axes[i], f"held-out loss (nats/token){growing}")
+    label_below(axes, "learning rate\nat the base width")
     growing = f", growth by {GROWTH_TITLES[growths[0]]}" if len(growths) == 1 else ""
     title(figure, f"{OPTIMIZER_TITLES[optimizer]}{growing}: {_transfer_finding(sweeps)}")
     handles = [Line2D([], [], color=colours[w], label=f"{w}") for w in colours]
     handles += [
         Line2D([], [], color="0.3", marker="o", mec="white", mew=0.5, ms=5, label="optimum, 95 % interval"),
-        Line2D([], [], **_BASE_LINE, label="optimum at the base width"),
+        Line2D([], [], **_BASE_LINE, label="base width's optimum"),
         Line2D([], [], color="0.3", marker=".", ms=3, alpha=0.5, mew=0, ls="none", label="seed"),
     ]
     if any(losses.isna().any(axis=None) for s in sweeps for losses in s.curves.values()):
-        handles.append(Line2D([], [], color="0.3", marker="x", ls="none", label="a seed diverged"))
+        handles.append(Line2D([], [], color="0.3", marker="x", ls="none", label="diverged"))
     legend(figure, handles, "width")
     return Drawing(figure, _member_table(sweeps))
 
@@ -92,6 +102,8 @@ def _loss_curves(ax: Axes, sweep: Transfer, colours: dict[int, str], ceiling: fl
         ax.plot(rates, mean, color=colour, zorder=2)
         for _, values in losses.iterrows():
             ax.plot(rates, values, ".", color=colour, ms=3, alpha=0.5, mew=0, zorder=1)
+        leaves = _crossings(rates, mean, ceiling)
+        ax.plot(leaves, np.ones_like(leaves), transform=ax.get_xaxis_transform(), **_LEAVES, color=colour)
         diverged = rates[np.isnan(mean)]
         place = np.full(len(diverged), 0.97 - 0.045 * level)
         ax.plot(diverged, place, "x", color=colour, ms=3.5, mew=1, transform=ax.get_xaxis_transform(), zorder=3)
@@ -100,6 +112,14 @@ def _loss_curves(ax: Axes, sweep: Transfer, colours: dict[int, str], ceiling: fl
     base = sweep.optima.get(sweep.base_width)
     if base is not None and base.bracketed:
         ax.axvline(base.log2_learning_rate, **_BASE_LINE, zorder=0)
+
+
+def _crossings(x: np.ndarray, y: np.ndarray, height: float) -> np.ndarray:
+    """Where the line through these points crosses a height."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        between = (y[:-1] - height) * (y[1:] - height) < 0
+        crossings = x[:-1] + np.diff(x) * (height - y[:-1]) / np.diff(y)
+    return np.asarray(crossings[between])
 
 
 def _interval_bar(ax: Axes, optimum: Optimum, colour: str) -> None:
@@ -117,15 +137,21 @@ def _interval_bar(ax: Axes, optimum: Optimum, colour: str) -> None:
     ax.plot(best, optimum.loss, "o", color=colour, mec="white", mew=0.5, ms=4, zorder=5)
 
 
-def _loss_range(sweeps: Iterable[Transfer], octaves: float = 3.0) -> tuple[float, float]:
-    """From below the best loss to the highest within so many octaves of a curve's best, with room for crosses."""
+def _loss_range(sweeps: Iterable[Transfer], octaves: float = 2.0) -> tuple[float, float]:
+    """The losses of the valleys, with room for crosses above.
+
+    From below the best loss to the highest within so many octaves below a curve's best learning rate: above it, losses
+    may rise to divergence, and count only where there are none below.
+    """
     best, far = np.inf, -np.inf
     for sweep in sweeps:
         for losses in sweep.curves.values():
             mean = losses.mean(axis=0, skipna=False).dropna()
-            if len(mean):
-                near = mean[np.abs(np.log2(mean.index.to_numpy(float) / mean.idxmin())) <= octaves]
-                best, far = min(best, mean.min()), max(far, near.max())
+            if mean.empty:
+                continue
+            away = np.log2(mean.index.to_numpy(float) / mean.idxmin())
+            below, above = (mean[(side >= 0) & (side <= octaves)] for side in (-away, away))
+            best, far = min(best, mean.min()), max(far, (below if len(below) > 1 else above).max())
     if not np.isfinite(best):
         return 0.0, 1.0
     margin = max(far - best, 0.05)
@@ -181,17 +207,20 @@ def _member_table(sweeps: Sequence[Transfer]) -> pd.DataFrame:
 
 @styled
 def optimum_vs_width(dataset: xr.Dataset) -> Drawing:
-    """Optimal learning rate against width, a panel per optimizer (and row per growth mode), a line per rule set.
+    """Optimal learning rate against width, a column per optimizer (and row per growth mode), a line per rule set.
 
-    Bars are 95 % intervals, lines the fits whose slopes the legend gives. A hollow marker is the best learning
-    rate of a grid that does not bracket its optimum. The table has one row per optimum.
+    Bars are 95 % intervals, lines the fits whose slopes the keys beside a panel give. Panels of one optimizer share
+    their vertical axis; grid lines are an octave apart. A hollow marker is the best learning rate of a grid that does
+    not bracket its optimum. The table has one row per optimum.
     """
     sweeps = transfers(dataset)
     growths, optimizers = distinct(s.growth for s in sweeps), distinct(s.optimizer for s in sweeps)
-    size = (FULL_WIDTH if len(optimizers) > 1 else COLUMN_WIDTH, 0.55 + 2.5 * len(growths))
-    figure, axes = plt.subplots(len(growths), len(optimizers), figsize=size, squeeze=False)
+    size = (FULL_WIDTH, 0.75 + 1.9 * len(growths))
+    figure, axes = plt.subplots(
+        len(growths), len(optimizers), figsize=size, squeeze=False, sharex=True, sharey="col"
+    )  # fmt: skip
     letter = letters()
-    rows, shares = [], dict[Axes, float]()
+    rows = []
     for i, growth in enumerate(growths):
         for j, optimizer in enumerate(optimizers):
             ax = axes[i, j]
@@ -200,20 +229,23 @@ def optimum_vs_width(dataset: xr.Dataset) -> Drawing:
                 ax.set_axis_off()
                 continue
             for k, sweep in enumerate(here):
-                look = RULE_COLOURS[sweep.rules], RULE_MARKERS[sweep.rules], f"{RULE_TITLES[sweep.rules]}:"
+                look = RULE_COLOURS[sweep.rules], RULE_MARKERS[sweep.rules], RULE_TITLES[sweep.rules]
                 optima_against_width(ax, sweep, 0.05 * (k - (len(here) - 1) / 2), *look)
                 rows += optimum_rows(sweep)
-            width_axis(ax, distinct(width for s in here for width in s.widths))
-            ax.set_xlabel("width")
             growing = f", growth by {GROWTH_TITLES[growth]}" if len(growths) > 1 else ""
             panel_title(ax, next(letter), OPTIMIZER_TITLES[optimizer] + growing)
             ax.legend(
-                loc="lower left", title="octaves per doubling [95 % interval]", alignment="left", title_fontsize=7
-            )
-            # Below the data, so that no line or bar runs through it: a share of the axis for its title and rows.
-            shares[ax] = 0.085 * (len(here) + 1) + 0.04
-        axes[i, 0].set_ylabel("best learning rate\n(at the base width)")
-    _same_octaves(shares)
+                loc="center left", bbox_to_anchor=(1, 0.5), title="octaves per doubling\n[95 % interval]",
+                alignment="left", title_fontsize=7, labelspacing=0.7,
+            )  # fmt: skip
+    width_axis(axes[0, 0], distinct(width for s in sweeps for width in s.widths))
+    for column in axes.T:
+        power_axis(column[0].yaxis)
+        for ax in column:
+            ax.grid(axis="y", color="0.92", lw=0.6)
+    for row in axes:
+        label_left(row, "best learning rate\n(at the base width)")
+    label_below(axes, "width")
     handles = [Line2D([], [], color="0.3", marker="|", ls="none", ms=9, label="95 % interval of an optimum")]
     if any(not optimum.bracketed for s in sweeps for optimum in s.optima.values()):
         handles.append(
@@ -222,16 +254,6 @@ def optimum_vs_width(dataset: xr.Dataset) -> Drawing:
     legend(figure, handles)
     title(figure, _stays_finding(sweeps))
     return Drawing(figure, pd.DataFrame(rows))
-
-
-def _same_octaves(shares: dict[Axes, float]) -> None:
-    """Panels of equally many octaves, so that slopes can be compared, with a share of each free below its data."""
-    limits = {ax: ax.get_ylim() for ax in shares}
-    octaves = max((high - low) / (1 - shares[ax]) for ax, (low, high) in limits.items())
-    for ax, (low, high) in limits.items():
-        spare = octaves - (high - low) / (1 - shares[ax])
-        ax.set_ylim(high + spare / 2 - octaves, high + spare / 2)
-        power_axis(ax.yaxis)
 
 
 def optima_against_width(ax: Axes, sweep: Transfer, shift: float, colour: Any, marker: str, label: str = "") -> None:
@@ -248,13 +270,13 @@ def optima_against_width(ax: Axes, sweep: Transfer, shift: float, colour: Any, m
                 ax.plot(x, np.log2(losses.idxmin()), marker, mfc="white", mec=colour, ms=5, zorder=3)
     slope = sweep.slope
     if slope.reason:
-        ax.plot([], [], marker, mfc="white", mec=colour, label=f"{label} not bracketed".lstrip())
+        ax.plot([], [], marker, mfc="white", mec=colour, label=f"{label}\nnot bracketed".lstrip())
         return
     ends = np.log2([slope.widths[0], slope.widths[-1]])
     low, high = slope.interval
     text = f"{signed(slope.value)} [{signed(low)}, {signed(high)}]"
     ax.plot(ends + shift, slope.intercept + slope.value * ends, color=colour, lw=1)
-    ax.plot([], [], color=colour, marker=marker, mec="white", mew=0.5, ms=5, lw=1, label=f"{label} {text}".lstrip())
+    ax.plot([], [], color=colour, marker=marker, mec="white", mew=0.5, ms=5, lw=1, label=f"{label}\n{text}".lstrip())
 
 
 def optimum_rows(sweep: Transfer) -> list[dict[str, Any]]:

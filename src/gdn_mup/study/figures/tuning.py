@@ -7,6 +7,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from gdn_mup.study.figures.style import (
     FULL_WIDTH,
@@ -34,29 +35,26 @@ def base_width_tuning(dataset: xr.Dataset) -> Drawing:
     A row per search. Left: gain over trial 0 against width, filled: chosen on all of the base width's seeds, hollow:
     each seed by the choice of others; bars are 95 % intervals over seeds. Middle: gains of all trials at the
     widest width against those at the base width; right: every trial's multipliers, one line each. Circles are the
-    choice. The table is `tuning_table`'s.
+    choice. Where the base width alone was run, its trials stand in order of gain in place of the first two. The table
+    is `tuning_table`'s.
     """
     found = searches(dataset)
-    figure, axes = plt.subplots(
-        len(found),
-        3,
-        figsize=(FULL_WIDTH, 0.95 + 2.3 * len(found)),
-        width_ratios=(1, 1.05, 1.1),
-        squeeze=False,
-    )
+    figure = plt.figure(figsize=(FULL_WIDTH, 0.95 + 2.3 * len(found)))
+    rows = figure.add_gridspec(len(found), 1)
     letter = letters()
-    for search, (left, middle, right) in zip(found, axes, strict=True):
-        _gains(left, search)
-        _ranks(middle, search)
-        _multipliers(right, search)
-        about = f"{OPTIMIZER_TITLES[search.optimizer]}, {GROWTH_TITLES[search.growth]}, {RULE_TITLES[search.rules]}"
-        for ax, text in zip((left, middle, right), (about, *_panel_titles(search)), strict=True):
+    for i, search in enumerate(found):
+        draws = [_gains, _ranks, _multipliers] if len(search.widths) > 1 else [_order, _multipliers]
+        panels = rows[i].subgridspec(1, len(draws), width_ratios=[1, 1.05, 1.1] if len(draws) == 3 else [2.05, 1.1])
+        for k, (draw, text) in enumerate(zip(draws, _panel_titles(search), strict=True)):
+            ax = figure.add_subplot(panels[0, k])
+            draw(ax, search)
             panel_title(ax, next(letter), text)
     title(figure, "\n".join(_finding(search, several=len(found) > 1) for search in found))
     key: dict[str, Any] = {"marker": "o", "ls": "none", "ms": 4.5}
-    handles = [
-        Line2D([], [], color=CHOSEN, label="base width's choice", **key),
-        Line2D([], [], color=CHOSEN, mfc="white", label="each seed by the choice of others", **key),
+    handles = [Line2D([], [], color=CHOSEN, label="base width's choice", **key)]
+    if any(len(search.seeds[search.base_width]) > 1 for search in found):
+        handles.append(Line2D([], [], color=CHOSEN, mfc="white", label="each seed by the choice of others", **key))
+    handles += [
         Line2D([], [], color=BETTER, marker="o", ls="none", ms=3, label="trial better than default (base width)"),
         Line2D([], [], color=WORSE, marker="o", ls="none", ms=3, label="worse"),
     ]
@@ -89,6 +87,20 @@ def _ranks(ax: Axes, search: Search) -> None:
     ax.set(xlabel=f"gain at width {search.base_width}", ylabel=f"gain at width {search.widths[-1]}")
 
 
+def _order(ax: Axes, search: Search) -> None:
+    """Gains of trials at the base width, the least first."""
+    gains = _gain_of_trials(search, search.base_width)
+    ax.axhline(0, color="0.8", lw=0.6, zorder=0)
+    finite = np.flatnonzero(np.isfinite(gains))
+    for rank, trial in enumerate(map(int, finite[np.argsort(gains[finite])]), start=1):
+        ax.plot(rank, gains[trial], **_mark(search, trial))
+    value, low, high = search.gain_left_out(search.base_width)
+    ax.plot(rank + 0.5, value, "o", color=CHOSEN, mfc="white", ms=4.5)
+    ax.vlines(rank + 0.5, low, high, color=CHOSEN, lw=1, zorder=1)
+    ax.set(xlabel="trials, in order of gain", ylabel=f"gain at width {search.base_width}\n(nats/token)")
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+
+
 def _multipliers(ax: Axes, search: Search) -> None:
     """Every trial's multipliers, a line for each multiplier."""
     names = list(search.multipliers.columns)
@@ -118,10 +130,13 @@ def _gain_of_trials(search: Search, width: int) -> Array:
     return loss[DEFAULT] - loss
 
 
-def _panel_titles(search: Search) -> tuple[str, str]:
+def _panel_titles(search: Search) -> list[str]:
+    about = f"{OPTIMIZER_TITLES[search.optimizer]}, {GROWTH_TITLES[search.growth]}, {RULE_TITLES[search.rules]}"
+    trials = f"{len(search.multipliers)} trials"
+    if len(search.widths) == 1:
+        return [f"{about}: {trials}", "multipliers drawn"]
     correlation = search.rank_correlation(search.widths[-1])
-    ranks = f"{len(search.multipliers)} trials: rank\ncorrelation {_in_words(correlation)}"
-    return ranks, "multipliers drawn"
+    return [about, f"{trials}: rank\ncorrelation {_in_words(correlation)}", "multipliers drawn"]
 
 
 def _finding(search: Search, several: bool) -> str:
@@ -135,8 +150,15 @@ def _finding(search: Search, several: bool) -> str:
         return f"{about}No multipliers of {len(search.multipliers) - 1} trials are better than 1 at the base width."
     here, wide = search.gain(search.base_width), search.gain(search.widths[-1])
     base, widest = f"width {search.base_width}", f"width {search.widths[-1]}"
-    if len(search.widths) == 1 or wide.low > 0:
-        also = f", and at {widest} by {_in_words(wide)}" if len(search.widths) > 1 else ""
+    if len(search.widths) == 1:
+        seeds = len(search.seeds[search.base_width])
+        judged = f"on the {'losses' if seeds > 1 else 'one seed'} that chose it"
+        return (
+            f"{about}The best of {len(search.multipliers) - 1} random sets of multipliers lowers the loss at {base} "
+            f"by {here.value:.2f} nats,\n{judged}; no other width was run."
+        )
+    if wide.low > 0:
+        also = f", and at {widest} by {_in_words(wide)}"
         return f"{about}Multipliers tuned at {base} lower the loss there by {here.value:.2f} nats{also}."
     there = "lose" if wide.high < 0 else "are not shown to gain"
     return f"{about}Multipliers that gain {here.value:.2f} nats at {base} {there} at {widest}: {_in_words(wide)}."
