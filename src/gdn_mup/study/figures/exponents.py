@@ -158,7 +158,7 @@ def _agreement_finding(first: pd.DataFrame, last: pd.DataFrame, widths: str) -> 
         )
 
     return (
-        f"As predicted, at {widths}: {share(first)} exponents at init and in the first update,\n"
+        f"As predicted: {share(first)} exponents at {widths}, at init and in the first update,\n"
         f"{share(last)} after {int(last.step.max())} updates"
     )
 
