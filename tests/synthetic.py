@@ -90,9 +90,11 @@ def job_file(
     clippings: dict[str, tuple[float, float, float]] = CLIPPINGS,
     penalty: float = 0.0,
     transfers: bool = True,
+    early_slopes: dict[str, float] | None = None,
 ) -> xr.Dataset:
     """What a job of the study would have written.
 
+    `early_slopes` are those at every evaluation before the last, `slopes` where they are None.
     `penalty` is what a doubling of width costs `gdn_mup` in nats. If not `transfers`, the multiplier that helps at
     the base width harms at others.
     """
@@ -101,7 +103,7 @@ def job_file(
         dataset = _clipping(plan, job, random, clippings, best_at_base, noise)
     else:
         make = {
-            "lr_sweep": partial(_lr_sweep, penalty=penalty),
+            "lr_sweep": partial(_lr_sweep, penalty=penalty, early_slopes=early_slopes),
             "coordinates": _coordinates,
             "multiplier": _multiplier,
             "tuning": partial(_tuning, penalty=penalty, transfers=transfers),
@@ -165,12 +167,13 @@ def _lr_sweep(
     best_at_base: float,
     noise: float,
     penalty: float = 0.0,
+    early_slopes: dict[str, float] | None = None,
 ) -> xr.Dataset:
     sweep = plan.experiment_of(job)
     training = plan.training_of(sweep)
     rates = np.array(sweep.learning_rates.values)  # type: ignore[union-attr]
     steps = np.arange(1, training.steps + 1)
-    evaluations = np.arange(training.evaluate_every, training.steps + 1, training.evaluate_every)
+    evaluations = np.arange(0, training.steps + 1, training.evaluate_every)
     shape = (len(sweep.rules), len(rates))
     doublings = np.log2(job.width / BASE_WIDTH)
     # Rule sets coincide at the base width: one noise for all of them there.
@@ -180,13 +183,15 @@ def _lr_sweep(
     train, val = np.full((*shape, len(steps)), np.nan), np.full((*shape, len(evaluations)), np.nan)
     diverged = np.zeros(shape, np.int8)
     for i, rules in enumerate(sweep.rules):
-        octaves = np.log2(rates) - best_at_base - slopes[rules] * doublings
-        final = 3.4 - 0.12 * doublings + excess_loss(octaves) + seed_offset + drawn[i]
-        final = final + penalty * doublings * (rules == "gdn_mup")
+        at_base = np.log2(rates) - best_at_base
+        octaves = at_base - slopes[rules] * doublings
+        floor = 3.4 - 0.12 * doublings + seed_offset + drawn[i] + penalty * doublings * (rules == "gdn_mup")
+        final = floor + excess_loss(octaves)
+        early = floor + excess_loss(at_base - (early_slopes or slopes)[rules] * doublings)
         for j in range(len(rates)):
             decay = np.exp(-6 * steps / training.steps)
             train[i, j] = final[j] + (6.2 - final[j]) * decay + random.normal(0, 0.02, len(steps))
-            val[i, j] = final[j] + (6.2 - final[j]) * np.exp(-6 * evaluations / training.steps)
+            val[i, j] = early[j] + (6.2 - early[j]) * np.exp(-6 * evaluations / training.steps)
             val[i, j, -1] = final[j]
             if octaves[j] > 2.2:
                 diverged[i, j] = 1

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import xarray as xr
 from matplotlib.text import Text
-from synthetic import EXPONENTS, SLOPES, in_memory, job_file, study, with_base_seeds
+from synthetic import EXPONENTS, SLOPES, excess_loss, in_memory, job_file, study, with_base_seeds
 
 from gdn_mup.errors import UserError
 from gdn_mup.model.config import ModelSettings, model_shape
@@ -86,6 +86,7 @@ def drawings(
         "optimum_vs_width": figures.optimum_vs_width(lr_sweep),
         "published_losses": figures.published_losses(lr_sweep),
         "training_curves": figures.training_curves(lr_sweep),
+        "transfer_over_training": figures.transfer_over_training(lr_sweep),
     }
 
 
@@ -254,6 +255,7 @@ def test_small_studies_are_drawn(lr_sweep: xr.Dataset, selection: dict[str, Any]
     small = lr_sweep.sel(selection)
     for draw in (figures.optimum_vs_width, figures.loss_vs_width, figures.published_losses):
         assert len(draw(small).table)
+    assert len(figures.transfer_over_training(small).table)
     assert len(figures.lr_transfer(small, "adamw").table)
     assert len(tables.printed_optima(tables.optima(small)))
     assert len(tables.printed_verdicts(tables.verdicts(small)))
@@ -508,6 +510,77 @@ def test_slopes_of_growth_modes_touch_no_data(drawings: dict[str, figures.Drawin
         ends = [y for line in ax.lines for y in np.atleast_1d(line.get_ydata()).astype(float)]
         ends += [y for bars in ax.collections for path in bars.get_paths() for y in path.vertices[:, 1]]
         assert top <= ax.transData.transform((1.0, min(y for y in ends if np.isfinite(y))))[1]
+
+
+# Transfer over training
+
+
+@pytest.mark.parametrize(
+    ("early", "late", "says"),
+    [(-0.5, 0.0, "only earlier"), (0.0, -0.5, "only at the end"), (-0.5, -0.5, "at the end as earlier")],
+)
+def test_when_the_optimum_moves_is_told(early: float, late: float, says: str) -> None:
+    still = dict.fromkeys(SLOPES, 0.0)
+    plan = study(sweeps=[study().sweeps[0].model_dump(mode="json", exclude_unset=True)])
+    truth = {"slopes": still | {"liu_gu": late}, "early_slopes": still | {"liu_gu": early}}
+    drawing = figures.transfer_over_training(in_memory(plan, "lr_sweep", **truth))
+    assert f"{says}: Liu & Gu (AdamW) by more heads" in title_of(drawing)
+    assert ("at the end: no movement established" in title_of(drawing)) == (late == 0)
+    assert f"at width 128: {'Liu & Gu' if late else ''}" in title_of(drawing)
+    table = drawing.table.set_index(["rules", "step"])
+    assert sorted(set(drawing.table.step)) == [20, 40, 60]
+    for (rules, step), row in table.iterrows():
+        slope = 0.0 if rules != "liu_gu" else late if step == 60 else early
+        assert row.slope == pytest.approx(slope, abs=0.15)
+        assert row.slope_low <= slope <= row.slope_high
+        learned = 1.0 if step == 60 else 1 - np.exp(-6 * step / 60)
+        regret = learned * float(excess_loss(np.array([-2 * slope]))[0])
+        assert row.transfer_regret == pytest.approx(regret, abs=0.05)
+        assert row.regret_low <= regret <= row.regret_high
+
+
+def test_the_last_evaluation_is_that_of_the_other_figures(drawings: dict[str, figures.Drawing]) -> None:
+    places = ["optimizer", "rules"]
+    over_training = drawings["transfer_over_training"].table
+    last = over_training[over_training.step == 60].set_index(places)
+    optima = drawings["optimum_vs_width"].table.groupby(places, sort=False).first()
+    names = ["slope", "slope_low", "slope_high"]
+    pd.testing.assert_frame_equal(last[names], optima[names])
+
+
+def test_a_loss_above_the_untrained_one_has_diverged(lr_sweep: xr.Dataset) -> None:
+    """Also in the course of training, and only for as long as it is: what learning rates do later does not count."""
+    adamw = lr_sweep.sel(optimizer=["adamw"], rules=["gdn_mup"]).copy(deep=True)
+    adamw.val_loss.loc[{"evaluation_step": 20, "learning_rate": adamw.learning_rate > 2.0**-6}] = 7.0
+    table = figures.transfer_over_training(adamw).table.set_index("step")
+    assert "width 32: best at 2^-6, next to divergence" in table.no_slope[20]
+    assert table.no_regret[20].startswith("no optimum at the base width")
+    assert (table.no_slope[[40, 60]] == "").all()
+
+
+def test_divergence_at_the_transferred_rate_is_drawn_when_it_comes(drawings: dict[str, figures.Drawing]) -> None:
+    """Members of high learning rates are lost between the first and the second evaluation."""
+    drawing = drawings["transfer_over_training"]
+    table = drawing.table[(drawing.table.rules == "sp") & (drawing.table.optimizer == "adamw")].set_index("step")
+    assert np.isfinite(table.transfer_regret[20]) and np.isinf(table.transfer_regret[[40, 60]]).all()
+    crosses = [line for ax in drawing.figure.axes for line in ax.lines if line.get_marker() == "x"]
+    assert sum(len(line.get_xdata()) for line in crosses) == np.isinf(drawing.table.transfer_regret).sum()
+    assert "at width 128: SP (AdamW, SGD) by more heads, diverges" in title_of(drawing)
+
+
+def test_axes_of_transfer_over_training_hold_every_interval(drawings: dict[str, figures.Drawing]) -> None:
+    drawing = drawings["transfer_over_training"]
+    for ax, measure in zip(drawing.figure.axes, ("slope", "regret"), strict=False):
+        ends = drawing.table[drawing.table.optimizer == "adamw"][[f"{measure}_low", f"{measure}_high"]].to_numpy()
+        low, high = ax.get_ylim()
+        assert low <= ends[np.isfinite(ends)].min() and ends[np.isfinite(ends)].max() <= high
+        assert [int(tick) for tick in ax.get_xticks()] == [20, 40, 60]
+
+
+def test_one_evaluation_does_not_show_a_development() -> None:
+    once = study(training={"steps": 60, "warmup_steps": 6, "evaluate_every": 60})
+    with pytest.raises(UserError, match=r"evaluated more than once.*evaluate_every"):
+        figures.transfer_over_training(in_memory(once, "lr_sweep"))
 
 
 # The paper's losses

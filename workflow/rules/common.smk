@@ -180,6 +180,11 @@ def has_both_growth_modes(study: Study) -> bool:
     return len(set(swept)) < len(swept)
 
 
+def shows_training(study: Study) -> bool:
+    """Whether any learning-rate sweep is evaluated more than once after init."""
+    return any(len(study.training_of(sweep).evaluation_steps) > 2 for sweep in study.sweeps)
+
+
 def get_products(name: str) -> list[str]:
     """Every figure and table for which the study has the experiments."""
     study, kinds = get_study(name), get_kinds(name)
@@ -199,6 +204,8 @@ def get_products(name: str) -> list[str]:
         figures += ["optimum_vs_width", "loss_vs_width", "training_curves", "published_losses"]
         if has_both_growth_modes(study):
             figures += ["growth_modes"]
+        if shows_training(study):
+            figures += ["transfer_over_training"]
         tables += ["optima", "transfer_metrics"]
     if set(kinds) & set(EVIDENCE):
         tables += ["verdicts"]

@@ -179,6 +179,7 @@ use rule figure_coordinate_check as figure_loss_vs_width with:
         code=[
             "src/gdn_mup/study/figures/style.py",
             "src/gdn_mup/study/figures/losses.py",
+            "src/gdn_mup/study/figures/transfer.py",
             "src/gdn_mup/study/losses.py",
             "src/gdn_mup/study/loss_curve.py",
             "src/gdn_mup/study/optimum.py",
@@ -286,6 +287,36 @@ use rule figure_coordinate_check as figure_training_curves with:
         "results/{study}/benchmarks/figures/training_curves.tsv"
     message:
         "Figure of study {wildcards.study}: training curves"
+
+
+use rule figure_coordinate_check as figure_transfer_over_training with:
+    input:
+        notebook="notebooks/transfer_over_training.ipynb",
+        lr_sweep="results/{study}/datasets/lr_sweep.nc",
+        code=[
+            "src/gdn_mup/study/figures/style.py",
+            "src/gdn_mup/study/figures/over_training.py",
+            "src/gdn_mup/study/figures/growth.py",
+            "src/gdn_mup/study/figures/transfer.py",
+            "src/gdn_mup/study/loss_curve.py",
+            "src/gdn_mup/study/optimum.py",
+        ],
+    output:
+        svg=report(
+            "results/{study}/figures/transfer_over_training.svg",
+            caption="../report/transfer_over_training.rst",
+            category="Figures",
+            labels={"figure": "Transfer over training"},
+        ),
+        png="results/{study}/figures/transfer_over_training.png",
+        csv="results/{study}/figures/transfer_over_training.csv",
+        notebook="results/{study}/notebooks/transfer_over_training.ipynb",
+    log:
+        "results/{study}/logs/figures/transfer_over_training.log",
+    benchmark:
+        "results/{study}/benchmarks/figures/transfer_over_training.tsv"
+    message:
+        "Figure of study {wildcards.study}: transfer of the learning rate over training"
 
 
 use rule figure_coordinate_check as figure_predicted_exponents with:

@@ -10,6 +10,7 @@ has no number. Same data, same numbers: the random generator is seeded by what i
 The intervals hold what they promise on curves like those of real sweeps (tests/test_coverage.py).
 """
 
+import json
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from statsmodels.tools import add_constant
 from gdn_mup.errors import UserError
 from gdn_mup.study import loss_curve
 from gdn_mup.study.loss_curve import FEWEST_POINTS, Curves, draw_curves
+from gdn_mup.training.config import TrainingSettings
 
 Array = NDArray[np.float64]
 
@@ -225,10 +227,21 @@ def standard_errors(draws: Array) -> Array:
 # From datasets to estimates
 
 
-def curves(dataset: xr.Dataset, growth: str, optimizer: str, rules: str) -> dict[int, pd.DataFrame]:
-    """Final held-out losses by width: rows are seeds, columns are learning rates, NaN where diverged.
+def evaluation_steps(dataset: xr.Dataset, growth: str, optimizer: str) -> list[int]:
+    """Updates after which the study evaluates the members of a learning-rate sweep, ascending; the first is 0."""
+    study = json.loads(dataset.attrs["settings"])
+    own = next(s["training"] for s in study["sweeps"] if (s["growth"], s["optimizer"]) == (growth, optimizer))
+    return TrainingSettings.model_validate(study["training"] | own).evaluation_steps
 
-    Widths, seeds and learning rates that were not run are left out. Empty if there was no such sweep.
+
+def curves(
+    dataset: xr.Dataset, growth: str, optimizer: str, rules: str, step: int | None = None
+) -> dict[int, pd.DataFrame]:
+    """Held-out losses after training, or at the evaluation after `step` updates, by width.
+
+    Rows are seeds, columns are learning rates, NaN where diverged: in the course of training as at its end, where the
+    loss is not finite or above the untrained model's. Widths, seeds and learning rates that were not run are left out.
+    Empty if there was no such sweep.
     """
     if growth not in dataset.growth.values or optimizer not in dataset.optimizer.values:
         return {}
@@ -239,14 +252,19 @@ def curves(dataset: xr.Dataset, growth: str, optimizer: str, rules: str) -> dict
     ran = sweep.diverged.sel(rules=rules).notnull()
     if not bool(ran.any()) or not bool(evaluated.any()):
         return {}
-    final = sweep.val_loss.sel(rules=rules).sel(evaluation_step=sweep.evaluation_step.values[evaluated.values][-1])
-    final = final.where(sweep.diverged.sel(rules=rules) == 0)
+    by_step = sweep.val_loss.sel(rules=rules)
+    if step is None:
+        losses = by_step.sel(evaluation_step=sweep.evaluation_step.values[evaluated.values][-1])
+        losses = losses.where(sweep.diverged.sel(rules=rules) == 0)
+    else:
+        losses = by_step.sel(evaluation_step=step)
+        losses = losses.where(losses <= by_step.sel(evaluation_step=0))
     found: dict[int, pd.DataFrame] = {}
     for width in dataset.width.values:
         here = ran.sel(width=width).transpose("seed", "learning_rate").values
         seeds, rates = here.any(axis=1), here.any(axis=0)
         if here.any():
-            values = final.sel(width=width).transpose("seed", "learning_rate").values[np.ix_(seeds, rates)]
+            values = losses.sel(width=width).transpose("seed", "learning_rate").values[np.ix_(seeds, rates)]
             found[int(width)] = pd.DataFrame(
                 values.astype(np.float64),
                 index=pd.Index(dataset.seed.values[seeds], name="seed"),
@@ -279,9 +297,12 @@ class Transfer:
         return tuple(self.curves)
 
 
-def transfer(dataset: xr.Dataset, growth: str, optimizer: str, rules: str) -> Transfer | None:
-    """Optima, regrets and slope of one sweep under one rule set; None if it was not run."""
-    found = curves(dataset, growth, optimizer, rules)
+def transfer(dataset: xr.Dataset, growth: str, optimizer: str, rules: str, step: int | None = None) -> Transfer | None:
+    """Optima, regrets and slope of one sweep under one rule set, after training or at an evaluation, as `curves`.
+
+    None if it was not run.
+    """
+    found = curves(dataset, growth, optimizer, rules, step)
     if not found:
         return None
     base_width = int(dataset.attrs["base_width"])
@@ -304,8 +325,10 @@ def transfer(dataset: xr.Dataset, growth: str, optimizer: str, rules: str) -> Tr
     )
 
 
-def transfers(dataset: xr.Dataset, optimizer: str | None = None, growth: str | None = None) -> list[Transfer]:
-    """The estimates of every sweep in the dataset, or of one optimizer or growth mode.
+def transfers(
+    dataset: xr.Dataset, optimizer: str | None = None, growth: str | None = None, step: int | None = None
+) -> list[Transfer]:
+    """The estimates of every sweep in the dataset, or of one optimizer or growth mode, as `transfer` makes them.
 
     Raises UserError, naming what is missing, if there is none.
     """
@@ -315,7 +338,7 @@ def transfers(dataset: xr.Dataset, optimizer: str | None = None, growth: str | N
         for o in dataset.optimizer.values
         for r in dataset.rules.values
         if growth in (None, g) and optimizer in (None, o)
-        if (result := transfer(dataset, str(g), str(o), str(r))) is not None
+        if (result := transfer(dataset, str(g), str(o), str(r), step)) is not None
     ]
     if not found:
         asked = [f"optimizer `{optimizer}`"] * (optimizer is not None) + [f"growth `{growth}`"] * (growth is not None)

@@ -32,6 +32,11 @@ class TrainingSettings(Settings):
     evaluate_every: Count = Field(50, description="Steps between held-out losses (the last step always).")
     evaluation_batches: Size = Field(4, description="Fixed held-out batches, the same for every member.")
 
+    @property
+    def evaluation_steps(self) -> list[int]:
+        """Updates after which held-out losses are taken, from 0 to `steps`."""
+        return sorted({*range(0, self.steps, self.evaluate_every), self.steps})
+
     @model_validator(mode="after")
     def _warmup_fits(self) -> Self:
         if self.warmup_steps >= self.steps:

@@ -260,7 +260,7 @@ def train(
     held_out = torch.from_numpy(
         validation.fixed_batches(training.evaluation_batches, training.batch_size, training.context_length)
     )
-    evaluation_step = sorted({*range(0, training.steps, training.evaluate_every), training.steps})
+    evaluation_step = training.evaluation_steps
     curves = {
         "train_loss": torch.full((len(members), training.steps), torch.nan),
         "grad_norm": torch.full((len(members), training.steps), torch.nan),

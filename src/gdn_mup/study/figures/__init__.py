@@ -10,6 +10,7 @@ from gdn_mup.study.figures.exponents import gate_gradient_exponents, predicted_e
 from gdn_mup.study.figures.growth import growth_modes
 from gdn_mup.study.figures.losses import loss_vs_width
 from gdn_mup.study.figures.multiplier import norm_epsilon
+from gdn_mup.study.figures.over_training import transfer_over_training
 from gdn_mup.study.figures.published import published_losses
 from gdn_mup.study.figures.style import Drawing, save
 from gdn_mup.study.figures.training import training_curves
@@ -32,4 +33,5 @@ __all__ = [
     "published_losses",
     "save",
     "training_curves",
+    "transfer_over_training",
 ]

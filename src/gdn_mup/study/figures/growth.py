@@ -27,7 +27,7 @@ from gdn_mup.study.figures.style import (
     width_axis,
 )
 from gdn_mup.study.figures.transfer import optima_against_width, optimum_rows, slope_text
-from gdn_mup.study.optimum import Transfer, signed_range, transfers
+from gdn_mup.study.optimum import Regret, Transfer, signed_range, transfers
 from gdn_mup.study.titles import GROWTH_TITLES, OPTIMIZER_TITLES, RULE_TITLES
 
 _LINE = 9.0  # points: a line of text in a panel
@@ -59,7 +59,7 @@ def growth_modes(dataset: xr.Dataset) -> Drawing:
     columns = len(GROWTH_TITLES) * len(pairs)
     figure, axes = plt.subplots(2, columns, figsize=(FULL_WIDTH, 4.9), squeeze=False, sharex="col")
     letter = letters()
-    floor, ceiling = _regret_range(sweeps)
+    floor, ceiling = regret_range([regret for s in sweeps for regret in s.regrets.values()])
     for i, (optimizer, both) in enumerate(pairs.items()):
         panels = axes[:, len(GROWTH_TITLES) * i :]
         for j, growth in enumerate(GROWTH_TITLES):
@@ -72,7 +72,8 @@ def growth_modes(dataset: xr.Dataset) -> Drawing:
             for sweep in here:
                 shift = _SHIFT * (here.index(sweep) - (len(here) - 1) / 2)
                 optima_against_width(upper, sweep, shift, RULE_COLOURS[sweep.rules], RULE_MARKERS[sweep.rules])
-                _regrets(lower, sweep, shift, ceiling)
+                regrets = list(sweep.regrets.values())
+                regrets_against(lower, np.log2(sweep.widths) + shift, regrets, sweep.rules, ceiling)
             width_axis(lower, distinct(width for s in here for width in s.widths))
             lower.set_xlabel("width")
             panel_title(upper, next(letter), f"{OPTIMIZER_TITLES[optimizer]}, {GROWTH_TITLES[growth]}")
@@ -98,11 +99,9 @@ def growth_modes(dataset: xr.Dataset) -> Drawing:
     return Drawing(figure, _table(sweeps))
 
 
-def _regrets(ax: Axes, sweep: Transfer, shift: float, ceiling: float) -> None:
-    """Transfer regret of one rule set against width; where it has no number, its line is broken."""
-    colour, marker = RULE_COLOURS[sweep.rules], RULE_MARKERS[sweep.rules]
-    x = np.log2(sweep.widths) + shift
-    regrets = [sweep.regrets[width] for width in sweep.widths]
+def regrets_against(ax: Axes, x: np.ndarray, regrets: Sequence[Regret], rules: str, ceiling: float) -> None:
+    """Transfer regrets of one rule set at places `x` [regrets]; where one has no number, the line is broken."""
+    colour, marker = RULE_COLOURS[rules], RULE_MARKERS[rules]
     values = np.array([regret.value for regret in regrets])
     finite = np.where(np.isfinite(values), values, np.nan)
     low, high = np.array([regret.interval for regret in regrets]).T
@@ -118,11 +117,11 @@ def _regrets(ax: Axes, sweep: Transfer, shift: float, ceiling: float) -> None:
     ax.plot(diverged, top, "x", color=colour, mew=1.2, ms=5, transform=ax.get_xaxis_transform(), zorder=3)
 
 
-def _regret_range(sweeps: Sequence[Transfer]) -> tuple[float, float]:
+def regret_range(regrets: Sequence[Regret]) -> tuple[float, float]:
     """From below 0 to above the largest finite regret and the ends of intervals, but for those that end far above."""
-    regrets = [regret for s in sweeps for regret in s.regrets.values() if np.isfinite(regret.value)]
-    ends = np.array([regret.interval.high for regret in regrets if 0 < regret.interval.high < np.inf])
-    usual = max([0.01, *(regret.value for regret in regrets), *([np.median(ends)] if len(ends) else [])])
+    finite = [regret for regret in regrets if np.isfinite(regret.value)]
+    ends = np.array([regret.interval.high for regret in finite if 0 < regret.interval.high < np.inf])
+    usual = max([0.01, *(regret.value for regret in finite), *([np.median(ends)] if len(ends) else [])])
     top = max([usual, *ends[ends <= _FAR * usual]])
     return -0.06 * top, 1.15 * top
 

@@ -25,6 +25,7 @@ from gdn_mup.study.figures.style import (
     unbroken,
     width_axis,
 )
+from gdn_mup.study.figures.transfer import regret_text
 from gdn_mup.study.losses import OWN_BEST, TRANSFERRED, loss_table
 from gdn_mup.study.optimum import Regret, Transfer, transfers
 from gdn_mup.study.titles import GROWTH_TITLES, OPTIMIZER_TITLES, RULE_TITLES
@@ -119,7 +120,4 @@ def _most(costs: Sequence[tuple[str, Regret]]) -> tuple[str, str]:
     if not known:
         return "", "unknown"
     rules, most = max(known, key=lambda cost: cost[1].value)
-    if np.isinf(most.value):
-        return rules, "diverges"
-    low, high = most.interval
-    return rules, f"{most.value:.2f} [{low:.2f}, {high:.2f}]"
+    return rules, regret_text(most)

@@ -28,7 +28,7 @@ from gdn_mup.study.figures.style import (
     width_axis,
     width_colours,
 )
-from gdn_mup.study.optimum import Optimum, Transfer, signed, transfers
+from gdn_mup.study.optimum import Optimum, Regret, Transfer, signed, transfers
 from gdn_mup.study.titles import GROWTH_TITLES, OPTIMIZER_TITLES, RULE_TITLES, named
 
 _BASE_LINE: dict[str, Any] = {"color": "0.6", "lw": 0.7, "ls": (0, (4, 2))}  # marks the base width's optimum
@@ -177,6 +177,12 @@ def slope_text(sweep: Transfer) -> str:
         return "optimum not bracketed"
     low, high = sweep.slope.interval
     return f"slope {signed(sweep.slope.value)} [{signed(low)}, {signed(high)}]"
+
+
+def regret_text(regret: Regret) -> str:
+    """A regret that has a number, and its interval, in nats per token."""
+    low, high = regret.interval
+    return "diverges" if np.isinf(regret.value) else f"{regret.value:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def _member_table(sweeps: Sequence[Transfer]) -> pd.DataFrame:
