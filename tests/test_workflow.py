@@ -89,6 +89,15 @@ def test_growth_modes_are_compared_where_both_were_swept(workflow: WorkflowCopy)
     assert planned["figure_growth_modes"] == 0
 
 
+def test_transfer_over_training_needs_more_than_one_evaluation(workflow: WorkflowCopy):
+    study = yaml.safe_load((workflow.folder / "config/studies/smoke.yaml").read_text())
+    study["training"]["evaluate_every"] = study["training"]["steps"]
+    (workflow.folder / "config/studies/once.yaml").write_text(yaml.safe_dump(study))
+    planned = workflow.planned("--config", "study=once")
+    assert planned["figure_training_curves"] == 1
+    assert planned["figure_transfer_over_training"] == 0
+
+
 @pytest.mark.parametrize(
     ("target", "says"),
     [

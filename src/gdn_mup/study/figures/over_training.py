@@ -115,7 +115,7 @@ def _finding(sweeps: Mapping[Place, Evaluations]) -> str:
         "only at the end": [place for place in now if place not in earlier],
         "only earlier": [place for place in earlier if place not in now],
     }
-    lines = ["The optimum moves with width, by the held-out loss in the course of training"]
+    lines = ["Whose optimum moves with width in the course of training"]
     if not now:
         unknown = all(sweep.slope.reason for sweep in last.values())
         lines.append(f"at the end: {'bracketed at too few widths to say' if unknown else 'no movement established'}")
