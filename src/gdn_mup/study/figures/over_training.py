@@ -58,6 +58,8 @@ def transfer_over_training(dataset: xr.Dataset) -> Drawing:
             x = np.array(list(each)) + _SHIFT * float(np.diff(steps).min()) * (k - (len(here) - 1) / 2)
             _slopes_against(left, x, list(each.values()))
             regrets_against(right, x, [_regret(s) for s in each.values()], _last(each).rules, ceiling)
+        for ax in (left, right):
+            ax.margins(x=0.13)  # room beside the first evaluation for where its interval ends
         left.axhline(0, color="0.4", lw=0.8, ls=(0, (4, 2)), zorder=1)
         left.xaxis.set_major_locator(FixedLocator(steps, nbins=8))
         right.set_ylim(floor, ceiling)
