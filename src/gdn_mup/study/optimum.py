@@ -14,6 +14,7 @@ import json
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -306,11 +307,11 @@ def transfer(dataset: xr.Dataset, growth: str, optimizer: str, rules: str, step:
     if not found:
         return None
     base_width = int(dataset.attrs["base_width"])
-    optima = {}
-    for width, losses in found.items():
-        # Seeded without the rule set's name: members that coincide get one and the same interval.
-        random = np.random.default_rng(zlib.crc32(f"{growth} {optimizer} {width}".encode()))
-        optima[width] = find_optimum(np.log2(losses.columns.to_numpy(np.float64)), losses.to_numpy(), random)
+    # Seeded without the rule set's name: members that coincide get one and the same interval.
+    optima = {
+        width: _optimum(f"{growth} {optimizer} {width}", tuple(losses.columns), losses.to_numpy().tobytes())
+        for width, losses in found.items()
+    }
     base = optima.get(base_width, Optimum(reason=f"base width {base_width} was not run"))
     return Transfer(
         growth=growth,
@@ -323,6 +324,16 @@ def transfer(dataset: xr.Dataset, growth: str, optimizer: str, rules: str, step:
         seed_noise={width: _seed_noise(losses) for width, losses in found.items()},
         slope=slope_against_width(list(optima), list(optima.values())),
     )
+
+
+@lru_cache(maxsize=256)
+def _optimum(name: str, rates: tuple[float, ...], losses: bytes) -> Optimum:
+    """The minimum of a loss curve, drawn with random numbers of that name; curves that coincide are looked at once.
+
+    losses: float64 [seeds, learning rates], as bytes, since NaN is never equal to itself.
+    """
+    random = np.random.default_rng(zlib.crc32(name.encode()))
+    return find_optimum(np.log2(np.array(rates)), np.frombuffer(losses).reshape(-1, len(rates)), random)
 
 
 def transfers(
