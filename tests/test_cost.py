@@ -223,7 +223,7 @@ def test_runs_of_a_sweep_of_before_are_counted_by_their_losses(tmp_path: Path) -
         datasets.write(before, tmp_path / "job.nc")
         read = datasets.open_job(tmp_path / "job.nc", "lr_sweep")
         assert read.members == written.members and read.diverged_members == written.diverged_members
-        assert read.evaluated_tokens == 3 * 4 * 8 * 128 and read.joules.isnull()
+        assert read.evaluated_tokens == 4 * 4 * 8 * 128 and read.joules.isnull()
 
 
 def test_nothing_costs_nothing() -> None:

@@ -303,7 +303,8 @@ def test_a_member_that_does_not_fit_goes_on_with_its_batches_in_parts(
     assert caplog.messages == ["Out of memory: 1 member of width 32; going on with batches in 2 parts"]
     expected = train(MEMBERS[:2], lambda group: make_trainer(group, tokens), 1, 32, TRAINING, validation)  # type: ignore[arg-type]
     for curve in CURVES:
-        np.testing.assert_allclose(getattr(curves, curve), getattr(expected, curve), rtol=1e-4)
+        # Loose, since where a loss jumps, sums in another order show.
+        np.testing.assert_allclose(getattr(curves, curve), getattr(expected, curve), rtol=1e-3)
 
 
 def test_a_member_that_does_not_fit_says_what_to_do(tokens: TokenFile, validation: TokenFile) -> None:
