@@ -18,11 +18,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
-import yaml
 from rich.console import Console
 from rich.table import Table
-from two_gpus import MICRO_BATCHES, ROOT, run_job, write_study
+from two_gpus import MICRO_BATCHES, ROOT, paper_study, run_job, write_study
 
+from gdn_mup.study.plan import load_study
 from gdn_mup.study.provenance import processor
 from gdn_mup.training.devices import parse_device
 
@@ -32,19 +32,9 @@ PEAK = -8.0  # log₂ of the learning rate
 
 def first_steps(width: int, rehearse: bool) -> dict[str, Any]:
     """The study, its AdamW sweep cut to one member and to its first steps."""
-    study = yaml.safe_load((ROOT / "config/studies/paper.yaml").read_text())
-    sweep = next(s for s in study["sweeps"] if width in s["widths"] and s["optimizer"] == "adamw")
-    steps = 4 if rehearse else STEPS
+    steps, whole = 4 if rehearse else STEPS, load_study(ROOT / "config/studies/paper.yaml").training.warmup_steps
     # Warm-up reaches (step + 1)/(warmup_steps + 1) of the peak: the same line, drawn to where these steps end.
-    reached = PEAK + math.log2(steps / (study["training"]["warmup_steps"] + 1))
-    sweep |= {"rules": ["liu_gu"], "widths": sorted({study["model"]["base_width"], width})}
-    sweep |= {"learning_rates": {"log2_first": reached, "log2_last": reached}}
-    training = study["training"] | {"steps": steps, "warmup_steps": steps - 1, "evaluation_batches": 1}
-    if rehearse:
-        training |= {"batch_size": 16, "context_length": 32}
-        study["corpus"]["vocabulary_size"] = 500
-        study["model"]["layers"] = 1
-    return {"corpus": study["corpus"], "model": study["model"], "training": training, "sweeps": [sweep]}
+    return paper_study(width, steps, steps - 1, PEAK + math.log2(steps / (whole + 1)), rehearse)
 
 
 def measure(

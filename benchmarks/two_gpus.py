@@ -58,18 +58,23 @@ def jobs_study(rehearse: bool) -> dict[str, Any]:
     return {"corpus": study["corpus"], "model": study["model"], "training": training, "sweeps": [sweep]}
 
 
-def together_study(rehearse: bool, steps: int) -> dict[str, Any]:
-    """The paper's largest model, for a few steps of one member."""
+def paper_study(width: int, steps: int, warmup_steps: int, log2_rate: float, rehearse: bool) -> dict[str, Any]:
+    """Study `paper`, its AdamW sweep cut to one member of a width and to a few steps."""
     study = yaml.safe_load((ROOT / "config/studies/paper.yaml").read_text())
-    sweep = next(s for s in study["sweeps"] if 1536 in s["widths"])
-    sweep |= {"rules": ["liu_gu"], "widths": [256, 1536], "learning_rates": {"log2_first": -8, "log2_last": -8}}
-    training = study["training"] | {"steps": steps, "warmup_steps": 4, "evaluation_batches": 1}
+    sweep = next(s for s in study["sweeps"] if width in s["widths"] and s["optimizer"] == "adamw")
+    sweep |= {"rules": ["liu_gu"], "widths": sorted({study["model"]["base_width"], width})}
+    sweep |= {"learning_rates": {"log2_first": log2_rate, "log2_last": log2_rate}}
+    training = study["training"] | {"steps": steps, "warmup_steps": warmup_steps, "evaluation_batches": 1}
     if rehearse:
-        sweep |= {"widths": [256]}
-        training |= {"batch_size": 4, "context_length": 32}
+        training |= {"batch_size": 16, "context_length": 32}
         study["corpus"]["vocabulary_size"] = 500
         study["model"]["layers"] = 1
     return {"corpus": study["corpus"], "model": study["model"], "training": training, "sweeps": [sweep]}
+
+
+def together_study(rehearse: bool, steps: int) -> dict[str, Any]:
+    """The paper's largest model, for a few steps of one member."""
+    return paper_study(256 if rehearse else 1536, steps, warmup_steps=4, log2_rate=-8, rehearse=rehearse)
 
 
 def write_study(folder: Path, name: str, study: dict[str, Any]) -> Path:
@@ -78,7 +83,8 @@ def write_study(folder: Path, name: str, study: dict[str, Any]) -> Path:
     path.write_text(yaml.safe_dump(study))
     corpus = folder / name
     corpus.mkdir()
-    (corpus / "tokenizer.json").write_text("{}")  # nobody reads it, but a corpus has one
+    tokenizer = b"{}"  # nobody reads it, but a corpus has one
+    (corpus / "tokenizer.json").write_bytes(tokenizer)
     vocabulary = study["corpus"]["vocabulary_size"]
     likelihood = 1 / np.arange(1, vocabulary + 1)
     drawn = np.random.default_rng(0).choice(vocabulary, TOKENS, p=likelihood / likelihood.sum()).astype("<u2")
@@ -87,7 +93,7 @@ def write_study(folder: Path, name: str, study: dict[str, Any]) -> Path:
         sidecar = Sidecar(
             source="Zipf's law",
             settings={},
-            tokenizer_sha256=hashlib.sha256(b"{}").hexdigest(),
+            tokenizer_sha256=hashlib.sha256(tokenizer).hexdigest(),
             vocabulary_size=vocabulary,
             dtype="uint16",
             tokens=TOKENS,
@@ -143,10 +149,9 @@ def measure_together(folder: Path, device: str, rehearse: bool) -> dict[str, Any
         steps: write_study(folder, f"together{steps}", together_study(rehearse, steps)) for steps in (SHORT, LONG)
     }
     training = load_study(studies[LONG]).training
-    parts = 2 if rehearse else MICRO_BATCHES
     done = {
         processes: {
-            steps: run_job(study, 42, device, processes, parts // processes) for steps, study in studies.items()
+            steps: run_job(study, 42, device, processes, MICRO_BATCHES // processes) for steps, study in studies.items()
         }
         for processes in (1, 2)
     }

@@ -21,6 +21,7 @@ from gdn_mup.study.figures.style import (
     letters,
     panel_title,
     power_axis,
+    rule_keys,
     styled,
     title,
     unbroken,
@@ -86,10 +87,7 @@ def growth_modes(dataset: xr.Dataset) -> Drawing:
     axes[0, 0].set_ylabel("best learning rate\n(at the base width)")
     axes[1, 0].set_ylabel("transfer regret\n(nats/token)")
     title(figure, _finding(sweeps))
-    handles = [
-        Line2D([], [], color=RULE_COLOURS[n], marker=RULE_MARKERS[n], mec="white", mew=0.5, ms=5, label=RULE_TITLES[n])
-        for n in rules
-    ]
+    handles = rule_keys(rules)
     handles.append(Line2D([], [], color="0.3", marker="|", ls="none", ms=9, label="95 % interval"))
     if any(not optimum.bracketed for s in sweeps for optimum in s.optima.values()):
         handles.append(Line2D([], [], color="0.3", marker="o", mfc="white", ls="none", label="not bracketed"))

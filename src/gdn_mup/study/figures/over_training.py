@@ -22,6 +22,7 @@ from gdn_mup.study.figures.style import (
     legend,
     letters,
     panel_title,
+    rule_keys,
     styled,
     title,
     unbroken,
@@ -71,10 +72,7 @@ def transfer_over_training(dataset: xr.Dataset) -> Drawing:
     label_below(axes, "updates")
     title(figure, _finding(sweeps))
     rules = [name for name in RULE_TITLES if name in {key[-1] for key in sweeps}]
-    handles = [
-        Line2D([], [], color=RULE_COLOURS[n], marker=RULE_MARKERS[n], mec="white", mew=0.5, ms=5, label=RULE_TITLES[n])
-        for n in rules
-    ]
+    handles = rule_keys(rules)
     handles.append(Line2D([], [], color="0.3", marker="|", ls="none", ms=9, label="95 % interval"))
     if any(np.isinf(_regret(s).value) for each in sweeps.values() for s in each.values()):
         handles.append(Line2D([], [], color="0.3", marker="x", ls="none", mew=1.2, ms=5, label="diverges"))

@@ -164,6 +164,14 @@ def width_axis(ax: Axes, widths: Sequence[int]) -> None:
     ax.xaxis.set_minor_locator(NullLocator())
 
 
+def rule_keys(rules: Iterable[str]) -> list[Line2D]:
+    """Keys of lines with markers, one for each rule set."""
+    return [
+        Line2D([], [], color=RULE_COLOURS[n], marker=RULE_MARKERS[n], mec="white", mew=0.5, ms=5, label=RULE_TITLES[n])
+        for n in rules
+    ]
+
+
 def legend_beside(figure: Figure, handles: Sequence[Artist], free: Sequence[SubplotSpec], title: str = "") -> None:
     """A column of keys in the place of the first panel that is not needed; a line of them below if every panel is."""
     if not free:
