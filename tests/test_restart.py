@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -38,11 +39,11 @@ class Job:
         self.study, self.corpus, self.output = folder / "study.yaml", corpus, folder / "job.nc"
         self.study.write_text(yaml.safe_dump(STUDY))
 
-    def start(self, checkpoint_seconds: float = 0.0) -> subprocess.Popen[str]:
+    def start(self, checkpoint_seconds: float = 0.0, reuse: Sequence[Path] = ()) -> subprocess.Popen[str]:
         options = ["--growth", "heads", "--optimizer", "adamw", "--width", "32", "--seed", "0", "--threads", "1"]
         files = ["--study", self.study, "--corpus", self.corpus, "--output", self.output]
         command = [sys.executable, "-m", "gdn_mup", self.command, *options, *files, "--device", "cpu"]
-        command += ["--checkpoint-seconds", checkpoint_seconds]
+        command += ["--checkpoint-seconds", checkpoint_seconds, *(f"--reuse={path}" for path in reuse)]
         return subprocess.Popen([*map(str, command)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
     def start_training(self, **options: float) -> subprocess.Popen[str]:
@@ -105,6 +106,17 @@ def test_other_jobs_that_are_killed_give_the_same_bits(tmp_path: Path, corpus: P
         process.kill()
         process.communicate()
     xr.testing.assert_identical(job.finish(), Job(tmp_path / "undisturbed", corpus, command).finish())
+
+
+def test_a_job_that_reuses_runs_does_not_go_on_from_a_checkpoint_of_the_whole_job(tmp_path: Path, corpus: Path) -> None:
+    job, other = Job(tmp_path / "job", corpus), Job(tmp_path / "other", corpus)
+    other.finish()
+    process = job.start_training()
+    process.kill()
+    process.communicate()
+    process = job.start(reuse=[other.output])
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and "checkpoint refused: of other settings" in errors, errors
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])

@@ -64,6 +64,14 @@ MicroBatches = Annotated[
         help="Parts of a batch that follow one another, to take less memory. GPUs that run out of it take more parts.",
     ),
 ]
+Reuse = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="FILE",
+        help="Job file of a sweep, of this or another study, that differs from this job in rules and learning_rates "
+        "alone: what it has of this job's runs is not trained again. May be given several times.",
+    ),
+]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; the libraries' own choice by default.")]
 Device = Annotated[
     str,
@@ -205,6 +213,7 @@ def sweep(
     width: WidthOption,
     seed: SeedOption,
     output: Output,
+    reuse: Reuse = None,
     checkpoint: Checkpoint = None,
     checkpoint_seconds: CheckpointSeconds = CHECKPOINT_SECONDS,
     micro_batches: MicroBatches = 1,
@@ -213,7 +222,7 @@ def sweep(
 ) -> None:
     """Train every rule set and learning rate of one width, side by side, on the same batches."""
     planned = _planned(study, "lr_sweep", growth, optimizer, width, seed)
-    ready = _prepare(planned, corpus, threads, device, output)
+    ready = _prepare(planned, corpus, threads, device, output, reuse or ())
     checkpoint = checkpoint or _checkpoint_beside(output)
     swept = _whole_sweep(planned, ready, checkpoint, checkpoint_seconds, micro_batches)
     _write_job(swept.isel(trial=0), planned, ready, output, [checkpoint])
@@ -500,9 +509,12 @@ class _Ready(NamedTuple):
     device: str  # `cpu` or `cuda`
     device_name: str
     processes: "Processes"  # who trains this job together
+    taken: Sequence["xr.Dataset"]  # runs of other sweeps
 
 
-def _prepare(planned: _Planned, corpus: Path, threads: int | None, device: str, output: Path) -> _Ready:
+def _prepare(
+    planned: _Planned, corpus: Path, threads: int | None, device: str, output: Path, reuse: Sequence[Path] = ()
+) -> _Ready:
     """Open and check all that a job depends on, the place of its output too: what fails, fails before it trains."""
     from functools import partial
 
@@ -519,6 +531,10 @@ def _prepare(planned: _Planned, corpus: Path, threads: int | None, device: str, 
 
     study, job, experiment, training, _ = planned
     wanted = parse_device(device)
+    tokens, validation = open_corpus(corpus)
+    taken, left = _take_over(planned, tokens, reuse)
+    if not left:
+        wanted = parse_device("cpu")  # nothing trains, and no GPU is taken
     processes = join_processes(wanted.number if job.kind in TRAINED_BY_KERNELS else 1)
     cuda = _use_cuda(wanted.kind, processes)
     if cuda:
@@ -527,7 +543,6 @@ def _prepare(planned: _Planned, corpus: Path, threads: int | None, device: str, 
         torch.set_num_threads(threads)
     keep_freed_memory()
     torch.set_flush_denormal(True)  # a vanishing gradient must not slow the arithmetic down
-    tokens, validation = open_corpus(corpus)
     scaled = scaled_model(study.model, job.width, job.growth, tokens.vocabulary_size, experiment.rules, job.optimizer)
     if isinstance(experiment, Tuning):
         scaled = scaled._replace(trials=experiment.multipliers)
@@ -558,7 +573,31 @@ def _prepare(planned: _Planned, corpus: Path, threads: int | None, device: str, 
 
     check_writable(output)
     name = torch.cuda.get_device_name() if cuda else processor()
-    return _Ready(scaled, tokens, validation, make_trainer, group_size, "cuda" if cuda else "cpu", name, processes)
+    if not left:
+        # of the runs, none of which was trained here
+        name = ", ".join(sorted({str(part.attrs.get("device", "unknown")) for part in taken}))
+    kind = "cuda" if cuda else "cpu"
+    return _Ready(scaled, tokens, validation, make_trainer, group_size, kind, name, processes, taken)
+
+
+def _take_over(planned: _Planned, tokens: Any, files: Sequence[Path]) -> tuple[list["xr.Dataset"], bool]:
+    """The runs of a job that files of other sweeps have, and whether any are left to train."""
+    if not files:
+        return [], True
+    from gdn_mup.scaling.rules import RULE_SETS
+    from gdn_mup.study.reuse import open_sweep, take_over
+    from gdn_mup.training.sweep import distinct_members, scaled_model
+
+    study, job, experiment, training, settings = planned
+    corpus = {"corpus_sha256": tokens.sha256, "vocabulary_size": tokens.vocabulary_size}
+    sweeps = {path: open_sweep(path, settings, corpus) for path in files}
+    # Behind the job's rule sets all others, since a file's may coincide with one of the job's.
+    rules = tuple(dict.fromkeys((*experiment.rules, *RULE_SETS)))
+    scaled = scaled_model(study.model, job.width, job.growth, tokens.vocabulary_size, rules, job.optimizer)
+    members, stands_for = distinct_members(scaled, experiment.learning_rates.values, training.clipping)
+    runs = [(member.rules, member.learning_rate) for member in members if member.rules in experiment.rules]
+    taken, left = take_over(sweeps, runs, stands_for)
+    return taken, bool(left)
 
 
 def _use_cuda(device: str, processes: "Processes") -> bool:
@@ -602,26 +641,38 @@ def _sweep(
     checkpoint_seconds: float,
     micro_batches: int,
 ) -> "xr.Dataset":
-    """Train every rule set, trial and learning rate of a job, going on from the checkpoint if there is one.
+    """Every rule set, trial and learning rate of a job: those that others have trained, and the rest, trained here.
 
-    `report` is told the share that is done. The last checkpoint is for `_write_job` to remove.
+    Training goes on from the checkpoint if there is one; the last one is for `_write_job` to remove. `report` is told
+    the share that is done.
     """
     from functools import partial
 
     from gdn_mup.study.plan import settings_hash
-    from gdn_mup.training.sweep import distinct_members, train
+    from gdn_mup.study.reuse import join
+    from gdn_mup.training.sweep import Member, distinct_members, train
 
     learning_rates = planned.experiment.learning_rates.values
     members, stands_for = distinct_members(ready.scaled, learning_rates, training.clipping)
-    updates = training.steps * len(members)
+    reused = [
+        Member(str(rules), float(learning_rate))
+        for part in ready.taken
+        for rules, learning_rate in zip(part.rules.values, part.learning_rate.values, strict=True)
+    ]
+    left = [member for member in members if member not in reused]
+    settings = planned.settings  # of the checkpoint, which no other choice of members may go on from
+    if reused:
+        settings = settings | {"left": left}
+        report(float(not left), f"{len(reused)} of {len(members)} runs are taken over")
+    updates = training.steps * len(left)
     curves = train(
-        members,
+        left,
         partial(ready.make_trainer, training=training),
-        ready.group_size(members),
+        ready.group_size(left),
         planned.job.width,
         training,
         ready.validation,
-        settings_hash=settings_hash(planned.settings),
+        settings_hash=settings_hash(settings),
         device=ready.device,
         checkpoint=checkpoint,
         checkpoint_seconds=checkpoint_seconds,
@@ -629,8 +680,10 @@ def _sweep(
         processes=ready.processes,
         report=lambda done, status="": report(done / updates, status),
     )
-    trials = len(ready.scaled.trials)
-    return _sweep_dataset(curves, members, stands_for, trials, learning_rates, training)
+    runs = _runs(curves, training)
+    if reused:
+        runs = join(runs, ready.taken)
+    return _sweep_dataset(runs, [*left, *reused], stands_for, len(ready.scaled.trials), learning_rates)
 
 
 def _whole_sweep(
@@ -648,47 +701,45 @@ def _part_of(report: "Report", before: int, name: str) -> "Report":
     return lambda done, status="": report(before + done, f"{name}: {status}")
 
 
-def _sweep_dataset(
-    curves: Any,
-    members: Any,
-    stands_for: dict[str, str],
-    trials: int,
-    learning_rates: tuple[float, ...],
-    training: Any,
-) -> "xr.Dataset":
-    """Curves by (rules, trial, learning_rate): a rule set that coincides with another gets that one's members."""
+def _runs(curves: Any, training: Any) -> "xr.Dataset":
+    """Curves by member, and what they cost."""
     import numpy as np
     import xarray as xr
 
-    position = {member: row for row, member in enumerate(members)}
-    rows = np.array(
-        [
-            [[position[trained, rate, trial] for rate in learning_rates] for trial in range(trials)]
-            for trained in stands_for.values()
-        ]
-    )
-    steps = np.arange(1, training.steps + 1)
-    member = ("rules", "trial", "learning_rate")
     return xr.Dataset(
         {
-            "train_loss": ((*member, "step"), curves.train_loss[rows]),
-            "val_loss": ((*member, "evaluation_step"), curves.val_loss[rows]),
-            "grad_norm": ((*member, "step"), curves.grad_norm[rows]),
-            "diverged": (member, curves.diverged[rows].astype(np.int8)),
+            "train_loss": (("member", "step"), curves.train_loss),
+            "val_loss": (("member", "evaluation_step"), curves.val_loss),
+            "grad_norm": (("member", "step"), curves.grad_norm),
+            "diverged": ("member", curves.diverged.astype(np.int8)),
             **_costs(
                 curves.spent,
-                members=len(members),
+                members=len(curves.diverged),
                 diverged_members=int(curves.diverged.sum()),
                 tokens=(training.steps * training.batch_size * training.context_length, curves.evaluated_tokens),
             ),
         },
-        coords={
-            "rules": list(stands_for),
-            "learning_rate": list(learning_rates),
-            "step": steps,
-            "evaluation_step": curves.evaluation_step,
-        },
+        coords={"step": np.arange(1, training.steps + 1), "evaluation_step": curves.evaluation_step},
     )
+
+
+def _sweep_dataset(
+    runs: "xr.Dataset",
+    members: Any,
+    stands_for: dict[str, str],
+    trials: int,
+    learning_rates: tuple[float, ...],
+) -> "xr.Dataset":
+    """Runs by (rules, trial, learning_rate): a rule set that coincides with another gets that one's members."""
+    import xarray as xr
+
+    position = {member: row for row, member in enumerate(members)}
+    rows = [
+        [[position[trained, rate, trial] for rate in learning_rates] for trial in range(trials)]
+        for trained in stands_for.values()
+    ]
+    swept = runs.isel(member=xr.Variable(("rules", "trial", "learning_rate"), rows))
+    return swept.assign_coords(rules=list(stands_for), learning_rate=list(learning_rates))
 
 
 def _costs(spent: "Spent", *, members: int, diverged_members: int, tokens: tuple[int, int]) -> dict[str, float]:

@@ -6,7 +6,7 @@ What a study has not run (yet) is NaN, and named in the attribute `missing_jobs`
 """
 
 import json
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -162,7 +162,7 @@ DESCRIPTIONS: dict[str, tuple[str, str]] = {
 }
 
 # Attributes that say where a job's numbers come from and need not agree between the jobs of a dataset.
-_PROVENANCE = ("commit", "versions", "device", "created")
+PROVENANCE = ("commit", "versions", "device", "created")
 # Attributes that must agree: losses on different text or different batches cannot be compared.
 _SHARED = ("corpus_sha256", "vocabulary_size")
 
@@ -206,9 +206,8 @@ def open_dataset(path: Path | str, kind: DatasetKind) -> xr.Dataset:
     return dataset
 
 
-def open_job(path: Path | str, kind: DatasetKind) -> xr.Dataset:
+def open_job(path: Path | str, kind: DatasetKind, cure: str = "delete it and run the workflow again") -> xr.Dataset:
     """Load a job file into memory. Raises UserError like `open_dataset`."""
-    cure = "delete it and run the workflow again"
     job = _read(Path(path), kind, JOB_VARIABLES[kind], cure)
     absent = [name for name in JOB_COORDINATES if name not in job.coords]
     if absent or "settings_hash" not in job.attrs:
@@ -381,8 +380,16 @@ def _attributes(datasets: Sequence[xr.Dataset], kind: str, study: Study, missing
     for name in _SHARED:
         if name in datasets[0].attrs:
             attributes[name] = datasets[0].attrs[name]
-    for name in _PROVENANCE:
-        values = sorted({str(dataset.attrs[name]) for dataset in datasets if name in dataset.attrs})
+    sources = [source for dataset in datasets for source in _sources(dataset.attrs)]
+    for name in PROVENANCE:
+        values = sorted({str(source[name]) for source in sources if name in source})
         if values:
             attributes[name] = values[0] if len(values) == 1 else json.dumps(values)
     return attributes
+
+
+def _sources(attributes: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The provenance of a job, and of the runs that it took over from others' files."""
+    yield attributes
+    for reused in json.loads(attributes.get("reused", "[]")):
+        yield from _sources(reused)
