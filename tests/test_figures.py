@@ -82,6 +82,7 @@ def drawings(
         "growth_modes": figures.growth_modes(both_modes),
         "loss_vs_width": figures.loss_vs_width(lr_sweep),
         "lr_transfer": figures.lr_transfer(lr_sweep, "adamw"),
+        "lr_transfer of one rule set": figures.lr_transfer(both_modes.sel(rules=["gdn_mup"]), "adamw"),
         "norm_epsilon": figures.norm_epsilon(multiplier),
         "optimum_vs_width": figures.optimum_vs_width(lr_sweep),
         "published_losses": figures.published_losses(lr_sweep),
@@ -292,6 +293,15 @@ def test_a_row_without_its_first_panel_keeps_its_numbers(both_modes: xr.Dataset)
     assert not empty.axison
     assert "larger heads" in beside.get_ylabel() and any(label.get_visible() for label in beside.get_yticklabels())
     assert "learning rate" in above.get_xlabel() and any(label.get_visible() for label in above.get_xticklabels())
+
+
+def test_one_width_has_an_optimum_and_no_slope(lr_sweep: xr.Dataset) -> None:
+    for drawing in (
+        figures.lr_transfer(lr_sweep.sel(width=[32]), "adamw"),
+        figures.optimum_vs_width(lr_sweep.sel(width=[32])),
+    ):
+        said = " ".join(text.get_text() for text in texts_of(drawing))
+        assert "at width 32 only" in said and "not bracketed" not in said
 
 
 def test_coordinate_check_of_one_width_has_no_exponent(coordinates: xr.Dataset) -> None:

@@ -186,12 +186,17 @@ def legend_beside(figure: Figure, handles: Sequence[Artist], free: Sequence[Subp
 def legend(figure: Figure, handles: Sequence[Artist], title: str = "") -> None:
     """Keys below the panels, the title at their left, in as many lines as they need."""
     keys: list[Artist] = [*([Line2D([], [], ls="none", label=title)] if title else []), *handles]
-    characters = sum(len(str(key.get_label())) + 5 for key in keys)
-    columns = -(-len(keys) // -(-characters // int(17 * figure.get_figwidth())))
+    for lines in range(1, len(keys) + 1):
+        number = -(-len(keys) // lines)
+        columns = [keys[i::number] for i in range(number)]
+        # A column is as wide as its longest label.
+        characters = sum(max(len(str(key.get_label())) for key in column) + 5 for column in columns)
+        if characters <= 17 * figure.get_figwidth():
+            break
     figure.legend(
-        handles=[key for i in range(columns) for key in keys[i::columns]],  # matplotlib fills column after column
+        handles=[key for column in columns for key in column],  # matplotlib fills column after column
         loc="outside lower center",
-        ncols=columns,
+        ncols=number,
         columnspacing=1.1,
         handlelength=1.5,
         handletextpad=0.5,

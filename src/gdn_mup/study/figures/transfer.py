@@ -174,9 +174,13 @@ def _transfer_finding(sweeps: Sequence[Transfer]) -> str:
 def slope_text(sweep: Transfer) -> str:
     """The slope and its interval, in octaves per doubling of width."""
     if sweep.slope.reason:
-        return "optimum not bracketed"
+        return f"optimum {_why_no_slope(sweep)}"
     low, high = sweep.slope.interval
     return f"slope {signed(sweep.slope.value)} [{signed(low)}, {signed(high)}]"
+
+
+def _why_no_slope(sweep: Transfer) -> str:
+    return "not bracketed" if len(sweep.widths) > 1 else f"at width {sweep.widths[0]} only"
 
 
 def regret_text(regret: Regret) -> str:
@@ -276,7 +280,7 @@ def optima_against_width(ax: Axes, sweep: Transfer, shift: float, colour: Any, m
                 ax.plot(x, np.log2(losses.idxmin()), marker, mfc="white", mec=colour, ms=5, zorder=3)
     slope = sweep.slope
     if slope.reason:
-        ax.plot([], [], marker, mfc="white", mec=colour, label=f"{label}\nnot bracketed".lstrip())
+        ax.plot([], [], marker, mfc="white", mec=colour, label=f"{label}\n{_why_no_slope(sweep)}".lstrip())
         return
     ends = np.log2([slope.widths[0], slope.widths[-1]])
     low, high = slope.interval
