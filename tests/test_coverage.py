@@ -121,6 +121,24 @@ def test_regret_with_more_seeds_at_the_base_width(base_seeds: int, capsys: pytes
     coverage.check(capsys)
 
 
+def test_slope_with_more_seeds_at_the_base_width(capsys: pytest.CaptureFixture[str]) -> None:
+    """Four widths, their curves of one kind, on quarter octaves, as in study h200_fine."""
+    random, coverage = np.random.default_rng(5), Coverage()
+    for study in range(STUDIES):
+        group, slope = MIX[study % 9], (0.0, -0.15)[study // 9 % 2]
+        learning_rates = grid_over((3 * slope, 0), 0.25, random)
+        optima = [
+            find_optimum(
+                learning_rates, draw_curve(group, random).sweep(learning_rates - i * slope, seeds, random), random
+            )
+            for i, seeds in enumerate((24, 3, 3, 3))
+        ]
+        line = slope_against_width([128, 256, 512, 1024], optima)
+        unbracketed = "".join(optimum.reason for optimum in optima)
+        coverage.add("slope, 24 seeds and 3", group, slope, line.interval, line.reason or unbracketed)
+    coverage.check(capsys)
+
+
 def test_optimum_of_one_seed(capsys: pytest.CaptureFixture[str]) -> None:
     """Without a second seed the noise is guessed from the curve itself."""
     random, coverage = np.random.default_rng(3), Coverage()

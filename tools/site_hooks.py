@@ -198,9 +198,10 @@ def verdicts(study: str) -> pd.DataFrame:
 
 
 def verdict(study: str, claim: str) -> str:
-    """What a study's published datasets say on a claim."""
+    """What a study's published datasets say on a claim, and on which of its rule sets."""
     table = verdicts(study)
-    return markdown_table(table[table.claim == claim].drop(columns="claim"))
+    silent = (table.rules != "all") & (table.verdict == "not tested")
+    return markdown_table(table[(table.claim == claim) & ~silent].drop(columns="claim"))
 
 
 def best_losses(study: str) -> str:

@@ -399,7 +399,7 @@ def judge_all(evidence: Evidence, claims: Sequence[Claim] = CLAIMS) -> list[Verd
                 for v in each
             ]
             if len(each) < 2:
-                reasons = [verdict.reason for verdict in each] or ["the study has no such experiment"]
+                reasons = [verdict.reason for verdict in each] or ["no experiment of the study decides it"]
             optimizer = "" if several or not each else each[0].optimizer
             verdicts += [Verdict(claim.id, growth, optimizer, "", whole, "; ".join(reasons)), *each]
     return verdicts
