@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,21 @@ def test_a_dry_run_plans_every_job_of_the_study(workflow: WorkflowCopy, study: s
     assert planned["tuning"] == len(plan.jobs("tuning"))
     assert planned["figure_lr_transfer"] == len({sweep.optimizer for sweep in plan.sweeps})
     assert sum(n for rule, n in planned.items() if rule.startswith("table_")) == len(TABLES)
+
+
+def test_jobs_that_were_run_by_hand_are_taken_as_they_are(tmp_path: Path):
+    """Their files, put in their place, are newer than the corpus that they were trained on."""
+    workflow = WorkflowCopy(tmp_path / "workflow")
+    results = workflow.folder / "results/h200_fine"
+    (results / "corpus").mkdir(parents=True)
+    for name in ("train.tokens", "train.json", "validation.tokens", "validation.json", "tokenizer.json"):
+        (results / "corpus" / name).touch()
+    kept = workflow.folder / "results/reference/h200_fine/jobs"
+    shutil.copytree(kept, results / "jobs", copy_function=shutil.copyfile)
+    planned = workflow.planned("--config", "study=h200_fine")
+    there = len(list(kept.rglob("*.nc")))
+    assert planned["lr_sweep"] == len(load_study(ROOT / "config/studies/h200_fine.yaml").jobs("lr_sweep")) - there
+    assert there > 50 and "corpus" not in planned
 
 
 def test_one_figure_needs_only_its_own_dataset(workflow: WorkflowCopy):
@@ -208,7 +224,8 @@ def test_published_datasets_are_redrawn_without_a_job(workflow: WorkflowCopy, st
     assert not {"corpus", "fetch_packages", "lr_sweep", "coordinate_check"} & set(counts)
     assert counts["published_dataset"] == len(list((ROOT / "results/reference" / study).glob("*.nc")))
     drawn = {path.stem for path in (results / "figures").glob("*.png")}
-    assert {"lr_transfer_adamw", "lr_transfer_sgd", "optimum_vs_width", "loss_vs_width", "norm_epsilon"} <= drawn
+    assert {"lr_transfer_adamw", "lr_transfer_sgd", "optimum_vs_width", "loss_vs_width"} <= drawn
+    assert ("norm_epsilon" in drawn) == (ROOT / f"results/reference/{study}/multiplier.nc").is_file()
     assert {path.stem for path in (results / "tables").glob("*.csv")} == TABLES
     assert (results / "report.html").stat().st_size
 

@@ -133,7 +133,10 @@ def cost(
         Path, typer.Option(help="A dataset of learning-rate sweeps that were run: how fast the device is.")
     ] = Path("results/reference/h200/lr_sweep.nc"),
 ) -> None:
-    """Predict what a study costs: its FLOPs, counted, and hours and energy at the speed of sweeps that were run."""
+    """Predict what a study costs: its FLOPs, counted, and hours and energy at the speed of sweeps that were run.
+
+    Coordinate and multiplier checks, which train in float32 and float64, take several times what is predicted.
+    """
     from gdn_mup.study.cost import planned_costs
     from gdn_mup.study.datasets import open_dataset
     from gdn_mup.study.plan import load_study
