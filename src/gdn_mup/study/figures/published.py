@@ -56,11 +56,11 @@ def published_losses(dataset: xr.Dataset) -> Drawing:
                 shift = _SHIFT * (k - (len(rules) - 1) / 2)
                 _line(ax, theirs[theirs.rules == rule], name, shift)
                 _line(ax, here[here.rules == rule], name, shift)
+            mine = f"ours by {GROWTH_TITLES[growth]}"
             if here[name].isna().all():
-                note = "SP was not run here" if name == "minus_sp" else "the base width was not run here"
-                ax.annotate(note, (0.5, 0.06), xycoords="axes fraction", ha="center", fontsize=7, color="0.4")
+                mine = "ours without SP" if name == "minus_sp" else "ours without the base width"
             comma = ", " if len(columns) <= 2 else "\n"
-            panel_title(ax, next(letter), f"{OPTIMIZER_TITLES[optimizer]}{comma}ours by {GROWTH_TITLES[growth]}")
+            panel_title(ax, next(letter), f"{OPTIMIZER_TITLES[optimizer]}{comma}{mine}")
             multiples = sorted({*theirs.multiple, *here.multiple})
             ax.set_xticks(np.log2(multiples), [f"{multiple:g}" for multiple in multiples])
         row[0].set_ylabel(f"best loss (nats/token)\n{label}")
