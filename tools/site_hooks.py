@@ -29,10 +29,12 @@ from gdn_mup.scaling.growth import Axes
 from gdn_mup.scaling.rules import RULE_SETS, Power
 from gdn_mup.study.claims import CLAIMS, verdict_table
 from gdn_mup.study.datasets import JOB_VARIABLES, open_dataset
+from gdn_mup.study.optimum import signed as rounded
+from gdn_mup.study.optimum import slope_against_width, transfer_regret, transfers
 from gdn_mup.study.plan import SECTIONS, load_study
 from gdn_mup.study.reference import markdown_reference
 from gdn_mup.study.tables import optima, printed_optima, printed_scaling_rules, printed_verdicts, scaling_rules
-from gdn_mup.study.titles import RULE_TITLES
+from gdn_mup.study.titles import GROWTH_TITLES, RULE_TITLES
 
 FONT_SIZE = 16.0  # only proportions matter: drawings are scaled with the text
 config.svg2 = False  # no ids, which would be there several times on a page
@@ -211,6 +213,31 @@ def best_losses(study: str) -> str:
     return markdown_table(printed.drop(columns=["width", "seeds"]))
 
 
+def with_base_of(study: str, finer: str, optimizer: str) -> str:
+    """Slopes and regrets of a study whose base width's optimum is the one that a finer study found, all seeds together.
+
+    The base width's model is the same one under every rule set, so that this holds for those that were not run finer.
+    """
+    rows = []
+    for sweep in transfers(evidence(study)["lr_sweep"], optimizer):
+        found, *_ = transfers(evidence(finer)["lr_sweep"], optimizer, sweep.growth)
+        base = found.optima[found.base_width]
+        optima_found = [base if width == sweep.base_width else sweep.optima[width] for width in sweep.widths]
+        slope, regret = slope_against_width(sweep.widths, optima_found), transfer_regret(optima_found[-1], base)
+        low, high = map(rounded, slope.interval)
+        rows.append(
+            {
+                "growth by": GROWTH_TITLES[sweep.growth],
+                "rules": RULE_TITLES[sweep.rules],
+                "slope (octaves per doubling)": f"{rounded(slope.value)} [{low}, {high}]",
+                f"regret at width {sweep.widths[-1]} (nats/token)": "{:.3f} [{:.3f}, {:.3f}]".format(
+                    regret.value, *regret.interval
+                ),
+            }
+        )
+    return markdown_table(pd.DataFrame(rows))
+
+
 def commands() -> str:
     """Every command with the first paragraph of its help."""
     found = typer.main.get_command(app).commands
@@ -251,6 +278,7 @@ PARTS = {
         published,
         verdict,
         best_losses,
+        with_base_of,
         captions,
         claims,
         commands,
