@@ -20,6 +20,7 @@ from gdn_mup.scaling.growth import Axes, Growth
 from gdn_mup.scaling.rules import RULE_SETS
 from gdn_mup.study.claims import CLAIMS, Verdict, judge_all
 from gdn_mup.study.datasets import open_dataset
+from gdn_mup.study.optimum import signed, slope_against_width, transfer
 from gdn_mup.study.plan import load_study
 from gdn_mup.study.tables import (
     optima,
@@ -29,7 +30,7 @@ from gdn_mup.study.tables import (
     scaling_rules,
     transfer_metrics,
 )
-from gdn_mup.study.titles import RULE_TITLES
+from gdn_mup.study.titles import GROWTH_TITLES, RULE_TITLES
 
 RAISED = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹ᐟ", "−0123456789/")  # the pages raise these by HTML
 RESULTS = ".md-search-result__article h2"
@@ -142,6 +143,19 @@ def test_results_are_the_verdicts_of_the_published_datasets(site: Path) -> None:
         kept = len(list((ROOT / f"results/reference/{study}/jobs/lr_sweep").glob("*.nc")))
         planned = len(load_study(ROOT / f"config/studies/{study}.yaml").jobs("lr_sweep"))
         assert f"{kept} of {planned} jobs of lr_sweep" in found.text
+
+
+def test_slopes_with_the_base_width_of_the_finer_study(site: Path) -> None:
+    (shown,) = (t for t in tables(page(site, "results.html")) if "slope (octaves per doubling)" in t[0])
+    coarse, fine = (evidence(study)["lr_sweep"] for study in ("h200", "h200_fine"))
+    growths = {title: name for name, title in GROWTH_TITLES.items()}
+    names = {title: name for name, title in RULE_TITLES.items()}
+    assert len(shown) == 1 + 2 * len(RULE_TITLES)
+    for growth, rules, slope, _ in shown[1:]:
+        base = transfer(fine, growths[growth], "adamw", "gdn_mup").optima[128]
+        wider = [transfer(coarse, growths[growth], "adamw", names[rules]).optima[width] for width in (256, 512, 1024)]
+        expected = slope_against_width([128, 256, 512, 1024], [base, *wider])
+        assert slope.startswith(f"{signed(expected.value)} [{signed(expected.interval.low)}")
 
 
 def test_the_readme_says_what_the_published_datasets_say() -> None:
