@@ -114,10 +114,10 @@ def test_eight_processes_share_four_gpus_whoever_is_killed(tmp_path: Path) -> No
 
 
 @pytest.mark.usefixtures("four_gpus")
-def test_a_job_waits_for_a_gpu_and_says_so(tmp_path: Path) -> None:
+def test_a_job_waits_for_a_gpu_and_says_so(tmp_path: Path, corpus_folder: Path) -> None:
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(STUDY))
     job = ["--growth", "heads", "--optimizer", "adamw", "--width", "16", "--seed", "0", "--device", "cuda"]
-    files = ["--study", tmp_path / "study.yaml", "--corpus", tmp_path, "--output", tmp_path / "job.nc"]
+    files = ["--study", tmp_path / "study.yaml", "--corpus", corpus_folder, "--output", tmp_path / "job.nc"]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "2"}  # the stub's, so that no real GPU is seen
     os.environ["CUDA_VISIBLE_DEVICES"] = "1,2"
     taken = take_gpus(2)
