@@ -45,7 +45,7 @@ def gate_and_state(log_alpha: Tensor, beta: Tensor, state: Tensor, tokens: int) 
 def effective_rank(matrices: Tensor) -> Tensor:
     """exp(entropy of the normalised singular values) of [..., K, V]; NaN for a matrix of zeros or with a NaN."""
     finite = matrices.isfinite().all(-1).all(-1)  # LAPACK raises where there is none
-    # On the CPU, where LAPACK takes 4 ms for 256 × 256: a GPU takes one matrix after another too, and would be kept busy.
+    # On the CPU, where LAPACK takes 4 ms for 256 × 256: a GPU would take one matrix after another too.
     sizes = torch.linalg.svdvals(matrices.where(finite[..., None, None], 0.0).cpu())
     shares = sizes / sizes.sum(-1, keepdim=True)
     return torch.special.entr(shares).sum(-1).exp().to(matrices.device)
