@@ -218,12 +218,13 @@ def with_base_of(study: str, finer: str, optimizer: str) -> str:
 
     The base width's model is the same one under every rule set, so that this holds for those that were not run finer.
     """
+    finer_sweeps = transfers(evidence(finer)["lr_sweep"], optimizer)
+    bases = {sweep.growth: sweep.optima[sweep.base_width] for sweep in finer_sweeps}
     rows = []
     for sweep in transfers(evidence(study)["lr_sweep"], optimizer):
-        found, *_ = transfers(evidence(finer)["lr_sweep"], optimizer, sweep.growth)
-        base = found.optima[found.base_width]
-        optima_found = [base if width == sweep.base_width else sweep.optima[width] for width in sweep.widths]
-        slope, regret = slope_against_width(sweep.widths, optima_found), transfer_regret(optima_found[-1], base)
+        base = bases[sweep.growth]
+        found = list((sweep.optima | {sweep.base_width: base}).values())
+        slope, regret = slope_against_width(sweep.widths, found), transfer_regret(found[-1], base)
         low, high = map(rounded, slope.interval)
         rows.append(
             {
