@@ -31,16 +31,20 @@ class MachineError(UserError):
 
 
 class Interrupted(BaseException):
-    """A signal asked the process to end. `checkpoint` is where it goes on from, if it has just written one.
+    """A signal asked the process to end.
+
+    `checkpoint` is where it goes on from, if there is one, and `lost` how many seconds of training are not in it: 0 if
+    it was written after the signal.
 
     Like KeyboardInterrupt no `Exception`: it comes from anywhere and is nobody's to handle.
     """
 
     exit_code = EXIT_INTERRUPTED
 
-    def __init__(self, signal_name: str, checkpoint: Path | None = None) -> None:
+    def __init__(self, signal_name: str, checkpoint: Path | None = None, lost: float = 0.0) -> None:
         where = f" to go on from {checkpoint}" if checkpoint else ""
-        super().__init__(f"ended by {signal_name}; run the same command again{where}")
+        less = f" (the last {lost:.0f} s of training are lost)" if lost >= 1 else ""
+        super().__init__(f"ended by {signal_name}; run the same command again{where}{less}")
 
 
 class Ending(NamedTuple):

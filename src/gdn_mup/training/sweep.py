@@ -7,8 +7,10 @@ rule sets are paired.
 
 import gc
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, nullcontext
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -26,13 +28,14 @@ from gdn_mup.model.config import GrowthMode, ModelSettings, ModelShape, model_sh
 from gdn_mup.model.language_model import LanguageModel, initialize, multiplied, parameter_table
 from gdn_mup.progress import Report, silent
 from gdn_mup.scaling.apply import ModelScaling, distinct_rules, scale_rule_sets
-from gdn_mup.training.checkpoint import Position, load_checkpoint, save_checkpoint
+from gdn_mup.training.checkpoint import Position, load_checkpoint
 from gdn_mup.training.clipping import norm_weights
 from gdn_mup.training.config import Clipping, OptimizerName, TrainingSettings
 from gdn_mup.training.energy import NOTHING, Meter, Spent
 from gdn_mup.training.optimizers import MemberOptimizer, Optimizer
 from gdn_mup.training.parallel import ALONE, Processes
 from gdn_mup.training.schedule import learning_rate_factor
+from gdn_mup.training.snapshots import Checkpoints
 
 log = logging.getLogger(__name__)
 
@@ -241,8 +244,8 @@ def train(
         width: that of the members, for messages.
         training: their settings.
         validation: tokens of the held-out losses.
-        checkpoint: written every `checkpoint_seconds`, and when training is complete: from that one the curves come
-            at once. The caller removes it when the curves are safe.
+        checkpoint: written every `checkpoint_seconds` or less often (`snapshots`), and when training is complete: from
+            that one the curves come at once. The caller removes it when the curves are safe.
         settings_hash: which settings the checkpoint belongs to.
         device: whose energy is measured: that of the trainers.
         processes: who trains with this one; every one of them calls this function with the same arguments.
@@ -253,9 +256,10 @@ def train(
     Raises:
         UserError: a loss or gradient is not finite before the first update; a batch cannot be divided among so many
             processes and parts.
-        MachineError: a single member does not fit in the device's memory, with one sequence at a time.
+        MachineError: a single member does not fit in the device's memory, with one sequence at a time; the disk cannot
+            hold a checkpoint.
         OSError: the checkpoint cannot be written.
-        Interrupted: SIGTERM or SIGINT came; a checkpoint was written first.
+        Interrupted: SIGTERM or SIGINT came; it says which checkpoint there is, and how old it is.
     """
     held_out = torch.from_numpy(
         validation.fixed_batches(training.evaluation_batches, training.batch_size, training.context_length)
@@ -277,24 +281,22 @@ def train(
         tensors.clear()
     _check_division(training.batch_size, processes.count, position.micro_batches)
     meter = Meter(device, before)
-    began = last_saved = last_reported = time.monotonic()
+    began = last_reported = time.monotonic()
     updates = 0  # since `began`, counted over members
+    checkpoints = Checkpoints(checkpoint, settings_hash, checkpoint_seconds) if checkpoint else None
 
     def spent() -> Spent:
         mine = meter.read()
         return mine._replace(joules=processes.total(mine.joules))
 
-    def save(position: Position, state: Mapping[str, Tensor]) -> None:
-        assert checkpoint
-        numbers = spent()._asdict()
-        if processes.leads:
-            tensors = {f"curves.{name}": curve for name, curve in curves.items()}
-            tensors |= {f"group.{name}": tensor for name, tensor in state.items()}
-            tensors |= {name: torch.tensor(n, dtype=torch.float64) for name, n in numbers.items()}
-            save_checkpoint(checkpoint, tensors, settings_hash, position)
+    def everything(group: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a checkpoint holds; all processes ask for it, since they add up what they have spent."""
+        tensors = {f"curves.{name}": curve for name, curve in curves.items()}
+        tensors |= {f"group.{name}": tensor for name, tensor in group.items()}
+        return tensors | {name: torch.tensor(n, dtype=torch.float64) for name, n in spent()._asdict().items()}
 
     def train_group(position: Position, state: dict[str, Tensor]) -> None:
-        nonlocal last_saved, last_reported, updates
+        nonlocal last_reported, updates
         trained, size, start, _ = position
         group = members[trained : trained + size]
         trainer = processes.in_memory(partial(make_trainer, group))
@@ -302,6 +304,8 @@ def train(
         if state:
             trainer.load_state(state)
             state.clear()
+        if checkpoints and processes.leads:
+            checkpoints.announce(trainer.state())
         batches = held_out.to(trainer.device)
         # On the trainer's device, so that a GPU is not waited for after every step.
         own = {name: curve[trained : trained + size].to(trainer.device) for name, curve in curves.items()}
@@ -327,22 +331,39 @@ def train(
                 done = trained * training.steps + len(group) * (step + 1)
                 report(done, f"loss {best:.3f}, {rate:,.0f} tokens/s")
             # Processes that share the work end at the same step, and the first one's clock says when to save.
-            due = processes.leads and now - last_saved >= checkpoint_seconds
-            interrupted, due = processes.any(bool(signal_came()), due)
-            if checkpoint and (due or interrupted):
-                last_saved = now
-                bring_over()
-                save(position._replace(step=step + 1), trainer.state())
+            due = processes.leads and checkpoints is not None and checkpoints.due()
+            interrupted, due = processes.any(bool(asked.signal), due)
+            if not (due or interrupted):
+                continue
+            bring_over()
+            tensors, here = everything(trainer.state()), position._replace(step=step + 1)
+            lost = 0.0
+            if checkpoints and processes.leads and not interrupted:
+                checkpoints.save(tensors, here)
+            elif checkpoints and processes.leads:
+                lost = checkpoints.last(tensors, here, asked.save_until)
             if interrupted:
-                raise Interrupted(signal_came() or "a signal", checkpoint)
+                processes.any(False)  # the first one is still writing: who ends before it would end it too
+                raise ended(asked.signal or "a signal", lost)
         own["val_loss"][:, -1] = trainer.held_out_losses(batches)
         bring_over()
 
-    with noted_signals() as signal_came:
+    def ended(name: str, lost: float) -> Interrupted:
+        """NaN seconds are lost where there is no checkpoint."""
+        return Interrupted(name) if math.isnan(lost) else Interrupted(name, checkpoint, lost)
+
+    def last_words(name: str) -> str:
+        return str(ended(name, checkpoints.age() if checkpoints else math.nan))
+
+    with closing(checkpoints) if checkpoints else nullcontext(), noted_signals(last_words) as asked:
         while (trained := position.trained_members) < len(members):
             try:
                 train_group(position, state)
                 position = position._replace(trained_members=trained + position.group_size, step=0)
+                tensors = everything({})
+                if checkpoints and processes.leads:
+                    checkpoints.replace(tensors, position)
+                tensors.clear()
             except torch.OutOfMemoryError:
                 size = min(position.group_size, len(members) - trained)
                 if size > 1:
@@ -360,13 +381,13 @@ def train(
                         "device with more memory"
                     ) from None
             state.clear()
+            if checkpoints:
+                checkpoints.forget()
             # What the group leaves goes back to the device before the next one asks for memory.
             gc.collect()
             torch.cuda.empty_cache()
-        if checkpoint and updates:
-            save(position, {})
-        if processes.any(bool(signal_came()))[0]:  # too late for a step to see it
-            raise Interrupted(signal_came() or "a signal", checkpoint)
+        if processes.any(bool(asked.signal))[0]:  # too late for a step to see it
+            raise ended(asked.signal or "a signal", 0.0)
 
     # From its first loss that is not finite a member has no losses any more, whatever its arithmetic gives.
     alive = curves["train_loss"].isfinite().cumprod(1).bool()
