@@ -137,10 +137,10 @@ def _forward(q_ptr, k_ptr, v_ptr, log_decay_ptr, beta_ptr, y_ptr, start_ptr, o_p
 
 
 @triton.jit(do_not_specialize=["length", "chunks"])
-def _backward_state(q_ptr, k_ptr, log_decay_ptr, beta_ptr, y_ptr, do_ptr, d_end_ptr, dr_ptr, d_states_ptr, d_start_ptr,
-                    length, chunks, scale, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+def _backward_state(q_ptr, k_ptr, log_decay_ptr, beta_ptr, y_ptr, do_ptr, d_end_ptr, dr_ptr, dv_ptr, d_states_ptr,
+                    d_start_ptr, length, chunks, scale, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
                     C: tl.constexpr, STARTS: tl.constexpr, ENDS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """dR and the gradient of the state at the end of each chunk, of one row and one block of value channels."""
+    """dR, dV and the gradient of the state at the end of each chunk, of one row and one block of value channels."""
     blocks: tl.constexpr = (V + BV - 1) // BV
     row = (tl.program_id(0) // blocks).to(tl.int64)
     start = row * length
@@ -174,6 +174,7 @@ def _backward_state(q_ptr, k_ptr, log_decay_ptr, beta_ptr, y_ptr, do_ptr, d_end_
         du += tl.dot(tl.trans(attention), do, input_precision=PRECISION)
         dr = du - tl.dot(tl.trans(y), (beta * du).to(half), input_precision=PRECISION)
         tl.store(dr_ptr + start * V + at_value, dr, mask=values)
+        tl.store(dv_ptr + start * V + at_value, beta * dr, mask=values)
         d_state = tl.exp(whole) * d_state
         d_state += tl.dot(tl.trans(q), (from_start * scale * do).to(half), input_precision=PRECISION)
         d_state -= tl.dot(tl.trans(k), (from_start * beta * dr).to(half), input_precision=PRECISION)
@@ -183,91 +184,87 @@ def _backward_state(q_ptr, k_ptr, log_decay_ptr, beta_ptr, y_ptr, do_ptr, d_end_
 
 @triton.jit(do_not_specialize=["length", "chunks"])
 def _backward_inputs(q_ptr, k_ptr, log_decay_ptr, beta_ptr, z_ptr, dr_ptr, states_ptr, d_states_ptr, do_ptr,
-                     dq_ptr, dk_ptr, dv_ptr, d_log_decay_ptr, d_beta_ptr, length, chunks, scale,
+                     dq_ptr, dk_ptr, d_log_decay_ptr, d_beta_ptr, length, chunks, scale,
                      K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
                      PRECISION: tl.constexpr):  # fmt: skip
-    """The gradients of one chunk's inputs, once dR and the gradients of the states are known.
+    """The gradients of one chunk's other inputs, once dR and the gradients of the states are known.
 
-    Value channels are read again for each accumulator: from the cache, and at most three are alive at once.
+    Products read what is in memory as it is; what scales a row or a column of theirs is multiplied on afterwards.
     """
     row = (tl.program_id(0) // chunks).to(tl.int64)
     i, start = tl.program_id(0) % chunks, row * length
-    c, t_in = tl.arange(0, BK), tl.arange(0, C)
+    t_in = tl.arange(0, C)
     t = i * C + t_in
     inside = t < length
-    at_key, keys = t[:, None] * K + c, inside[:, None] & (c < K)
     half = q_ptr.dtype.element_ty
-    beta = tl.load(beta_ptr + start + t, mask=inside, other=0.0)[:, None]
+    beta = tl.load(beta_ptr + start + t, mask=inside, other=0.0)
     log_decay = tl.load(log_decay_ptr + start + t, mask=inside, other=0.0)
-    q = tl.load(q_ptr + start * K + at_key, mask=keys, other=0.0)
-    k = tl.load(k_ptr + start * K + at_key, mask=keys, other=0.0)
     total, whole = tl.cumsum(log_decay, 0), tl.sum(log_decay, 0)
-    from_start, to_end = tl.exp(total)[:, None], tl.exp(whole - total)[:, None]
-
-    # Through the state at the end of the chunk: what the key writes.
-    dk = tl.zeros([C, BK], tl.float32)
-    d_beta = tl.zeros([C], tl.float32)
-    d_kept = 0.0
-    for first in tl.static_range(0, V, BV):
-        d = first + tl.arange(0, BV)
-        at_value, values = t[:, None] * V + d, inside[:, None] & (d < V)
-        at_state, in_state = c[:, None] * V + d, (c < K)[:, None] & (d < V)
-        z = tl.load(z_ptr + start * V + at_value, mask=values, other=0.0).to(tl.float32)
-        dr = tl.load(dr_ptr + start * V + at_value, mask=values, other=0.0).to(tl.float32)
-        state = tl.load(states_ptr + (row * chunks + i) * K * V + at_state, mask=in_state, other=0.0)
-        d_state = tl.load(d_states_ptr + (row * chunks + i) * K * V + at_state, mask=in_state, other=0.0)
-        tl.store(dv_ptr + start * V + at_value, beta * dr, mask=values)
-        d_beta += tl.sum(dr * z, 1)
-        d_kept += tl.sum(tl.sum(state.to(tl.float32) * d_state.to(tl.float32), 1), 0)
-        dk += tl.dot((to_end * beta * z).to(half), tl.trans(d_state), input_precision=PRECISION)
-    tl.store(d_beta_ptr + start + t, d_beta, mask=inside)
-    through_end = tl.sum(dk * k.to(tl.float32), 1)
-
-    # Through the state at its start: what query and key read.
-    dq = tl.zeros([C, BK], tl.float32)
-    for first in tl.static_range(0, V, BV):
-        d = first + tl.arange(0, BV)
-        at_value, values = t[:, None] * V + d, inside[:, None] & (d < V)
-        at_state, in_state = c[:, None] * V + d, (c < K)[:, None] & (d < V)
-        dr = tl.load(dr_ptr + start * V + at_value, mask=values, other=0.0).to(tl.float32)
-        do = tl.load(do_ptr + start * V + at_value, mask=values, other=0.0).to(tl.float32)
-        state = tl.load(states_ptr + (row * chunks + i) * K * V + at_state, mask=in_state, other=0.0)
-        dk -= tl.dot((from_start * beta * dr).to(half), tl.trans(state), input_precision=PRECISION)
-        dq += tl.dot((from_start * scale * do).to(half), tl.trans(state), input_precision=PRECISION)
-    through_start = tl.sum(dk * k.to(tl.float32), 1) - through_end + tl.sum(dq * q.to(tl.float32), 1)
+    from_start, to_end = tl.exp(total), tl.exp(whole - total)
 
     # Inside the chunk. Row and column sums are of the same float32 numbers, so that what cancels, cancels.
-    decay = _decay(total, C)
-    d_attention = tl.zeros([C, C], tl.float32)
+    outputs_z, rests_z = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
     for first in tl.static_range(0, V, BV):
         d = first + tl.arange(0, BV)
         at_value, values = t[:, None] * V + d, inside[:, None] & (d < V)
         do = tl.load(do_ptr + start * V + at_value, mask=values, other=0.0)
-        z = tl.load(z_ptr + start * V + at_value, mask=values, other=0.0).to(tl.float32)
-        d_attention += tl.dot(do, tl.trans((beta * z).to(half)), input_precision=PRECISION)
-    d_attention *= decay * scale
-    d_exponent = d_attention * tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        dr = tl.load(dr_ptr + start * V + at_value, mask=values, other=0.0)
+        z = tl.load(z_ptr + start * V + at_value, mask=values, other=0.0)
+        outputs_z = tl.dot(do, tl.trans(z), outputs_z, input_precision=PRECISION)
+        rests_z = tl.dot(dr, tl.trans(z), rests_z, input_precision=PRECISION)
+    overlap_q, overlap_k = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+    for first in tl.static_range(0, K, BK):
+        c = first + tl.arange(0, BK)
+        at_key, keys = t[:, None] * K + c, inside[:, None] & (c < K)
+        q = tl.load(q_ptr + start * K + at_key, mask=keys, other=0.0)
+        k = tl.load(k_ptr + start * K + at_key, mask=keys, other=0.0)
+        overlap_q = tl.dot(q, tl.trans(k), overlap_q, input_precision=PRECISION)
+        overlap_k = tl.dot(k, tl.trans(k), overlap_k, input_precision=PRECISION)
+    diagonal = t_in[:, None] == t_in[None, :]
+    tl.store(d_beta_ptr + start + t, tl.sum(tl.where(diagonal, rests_z, 0.0), 1), mask=inside)
+    decay = _decay(total, C)
+    d_attention = outputs_z * decay * (scale * beta)[None, :]
+    d_a = -rests_z * tl.where(diagonal, 0.0, decay) * beta[:, None] * beta[None, :]
+    d_exponent = d_attention * overlap_q + d_a * overlap_k
     d_total = tl.sum(d_exponent, 1) - tl.sum(d_exponent, 0)
-    d_attention_half = d_attention.to(half)
-    dq += tl.dot(d_attention_half, k, input_precision=PRECISION)
-    dk += tl.dot(tl.trans(d_attention_half), q, input_precision=PRECISION)
-    tl.store(dq_ptr + start * K + at_key, dq, mask=keys)
+    of_q, of_k = d_attention.to(half), (d_a + tl.trans(d_a)).to(half)
 
-    d_a = tl.zeros([C, C], tl.float32)
-    for first in tl.static_range(0, V, BV):
-        d = first + tl.arange(0, BV)
-        at_value, values = t[:, None] * V + d, inside[:, None] & (d < V)
-        dr = tl.load(dr_ptr + start * V + at_value, mask=values, other=0.0).to(tl.float32)
-        z = tl.load(z_ptr + start * V + at_value, mask=values, other=0.0).to(tl.float32)
-        d_a -= tl.dot((beta * dr).to(half), tl.trans((beta * z).to(half)), input_precision=PRECISION)
-    d_a *= tl.where(t_in[:, None] > t_in[None, :], decay, 0.0)
-    d_exponent = d_a * tl.dot(k, tl.trans(k), input_precision=PRECISION)
-    d_total += tl.sum(d_exponent, 1) - tl.sum(d_exponent, 0) + through_start
-    dk += tl.dot((d_a + tl.trans(d_a)).to(half), k, input_precision=PRECISION)
-    tl.store(dk_ptr + start * K + at_key, dk, mask=keys)
+    # Through the states: at the end of the chunk what the key writes, at its start what query and key read.
+    through_end, through_start = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
+    d_kept = 0.0
+    for first_key in tl.static_range(0, K, BK):
+        c = first_key + tl.arange(0, BK)
+        at_key, keys = t[:, None] * K + c, inside[:, None] & (c < K)
+        q = tl.load(q_ptr + start * K + at_key, mask=keys, other=0.0)
+        k = tl.load(k_ptr + start * K + at_key, mask=keys, other=0.0)
+        dq, dk = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
+        dk_end = tl.zeros([C, BK], tl.float32)
+        for first in tl.static_range(0, V, BV):
+            d = first + tl.arange(0, BV)
+            at_value, values = t[:, None] * V + d, inside[:, None] & (d < V)
+            at_state, in_state = c[:, None] * V + d, (c < K)[:, None] & (d < V)
+            state = tl.load(states_ptr + (row * chunks + i) * K * V + at_state, mask=in_state, other=0.0)
+            d_state = tl.load(d_states_ptr + (row * chunks + i) * K * V + at_state, mask=in_state, other=0.0)
+            do = tl.load(do_ptr + start * V + at_value, mask=values, other=0.0)
+            dr = tl.load(dr_ptr + start * V + at_value, mask=values, other=0.0)
+            z = tl.load(z_ptr + start * V + at_value, mask=values, other=0.0)
+            d_kept += tl.sum(tl.sum(state.to(tl.float32) * d_state.to(tl.float32), 1), 0)
+            dq = tl.dot(do, tl.trans(state), dq, input_precision=PRECISION)
+            dk = tl.dot(dr, tl.trans(state), dk, input_precision=PRECISION)
+            dk_end = tl.dot(z, tl.trans(d_state), dk_end, input_precision=PRECISION)
+        dq *= (from_start * scale)[:, None]
+        dk *= -(from_start * beta)[:, None]
+        dk_end *= (to_end * beta)[:, None]
+        through_end += tl.sum(dk_end * k.to(tl.float32), 1)
+        through_start += tl.sum(dk * k.to(tl.float32) + dq * q.to(tl.float32), 1)
+        dq = tl.dot(of_q, k, dq, input_precision=PRECISION)
+        dk = tl.dot(tl.trans(of_q), q, dk + dk_end, input_precision=PRECISION)
+        dk = tl.dot(of_k, k, dk, input_precision=PRECISION)
+        tl.store(dq_ptr + start * K + at_key, dq, mask=keys)
+        tl.store(dk_ptr + start * K + at_key, dk, mask=keys)
 
     # A log-decay counts in the sums up to its own and all later positions, and in the decays to the end of all earlier.
-    d_log_decay = tl.cumsum(d_total, 0, reverse=True) + tl.cumsum(through_end, 0) - through_end
+    d_log_decay = tl.cumsum(d_total + through_start, 0, reverse=True) + tl.cumsum(through_end, 0) - through_end
     d_log_decay += tl.exp(whole) * d_kept
     tl.store(d_log_decay_ptr + start + t, d_log_decay, mask=inside)
 
@@ -300,20 +297,23 @@ def forward(
     All contiguous, K at most 256. Keys are of about unit norm: in 16 bits, products of two keys must fit float16.
     """
     rows, length, key_dim = k.shape
-    value_dim, sizes = v.shape[2], _sizes(q, v)
-    chunks = triton.cdiv(length, sizes["C"])
-    y = k.new_empty(rows, length, sizes["C"])
-    common = {name: sizes[name] for name in ("K", "BK", "C", "PRECISION")}
-    warps = _warps(key_dim)
+    value_dim, tiling = v.shape[2], tiling_of(key_dim, v.shape[2])
+    chunks, common = triton.cdiv(length, tiling.chunk), _common(q, v, tiling)
+    y = k.new_empty(rows, length, tiling.chunk)
     operand = tl.float32 if q.dtype == torch.float32 else tl.float16
-    _solve[rows * chunks,](k, log_decay, beta, y, length, chunks, **common, OPERAND=operand, num_warps=4)
+    _solve[rows * chunks,](
+        k, log_decay, beta, y, length, chunks, **_but(common, "V"), BK=_padded(key_dim), OPERAND=operand,
+        num_warps=tiling.solve.warps,
+    )  # fmt: skip
     o = torch.empty_like(v)
     end = k.new_empty(rows, key_dim, value_dim, dtype=torch.float32) if output_final_state else None
     z = torch.empty_like(v) if save else None
     states = k.new_empty(rows, chunks, key_dim, value_dim) if save else None
-    _forward[rows * triton.cdiv(value_dim, sizes["BV"]),](
-        q, k, v, log_decay, beta, y, initial_state, o, z, states, end, length, chunks, scale, **sizes,
-        STARTS=initial_state is not None, ENDS=output_final_state, SAVES=save, num_warps=warps, num_stages=3,
+    at = tiling.forward
+    _forward[rows * triton.cdiv(value_dim, at.values),](
+        q, k, v, log_decay, beta, y, initial_state, o, z, states, end, length, chunks, scale, **common,
+        BK=_padded(key_dim), BV=at.values, STARTS=initial_state is not None, ENDS=output_final_state, SAVES=save,
+        num_warps=at.warps, num_stages=at.stages,
     )  # fmt: skip
     return o, end, Saved(y, z, states) if z is not None and states is not None else None
 
@@ -331,35 +331,64 @@ def backward(
 ) -> Gradients:
     """Gradients of the inputs of `forward` from those of its outputs [N, T, V] and of its final state (or None)."""
     rows, length, key_dim = k.shape
-    value_dim, sizes = do.shape[2], _sizes(q, do)
-    chunks, warps = saved.states.shape[1], _warps(key_dim)
-    dr, d_states = torch.empty_like(do), torch.empty_like(saved.states)
+    value_dim, tiling = do.shape[2], tiling_of(key_dim, do.shape[2])
+    chunks, common = saved.states.shape[1], _common(q, do, tiling)
+    dr, d_states, dv = torch.empty_like(do), torch.empty_like(saved.states), torch.empty_like(do)
     d_start = k.new_empty(rows, key_dim, value_dim, dtype=torch.float32) if with_initial_state else None
-    _backward_state[rows * triton.cdiv(value_dim, sizes["BV"]),](
-        q, k, log_decay, beta, saved.y, do, d_final_state, dr, d_states, d_start, length, chunks, scale, **sizes,
-        STARTS=with_initial_state, ENDS=d_final_state is not None, num_warps=warps, num_stages=3,
+    at = tiling.backward_state
+    _backward_state[rows * triton.cdiv(value_dim, at.values),](
+        q, k, log_decay, beta, saved.y, do, d_final_state, dr, dv, d_states, d_start, length, chunks, scale, **common,
+        BK=_padded(key_dim), BV=at.values, STARTS=with_initial_state, ENDS=d_final_state is not None,
+        num_warps=at.warps, num_stages=at.stages,
     )  # fmt: skip
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(do)
+    dq, dk = torch.empty_like(q), torch.empty_like(k)
     d_log_decay, d_beta = torch.empty_like(log_decay), torch.empty_like(beta)
+    at = tiling.backward_inputs
     _backward_inputs[rows * chunks,](
-        q, k, log_decay, beta, saved.z, dr, saved.states, d_states, do, dq, dk, dv, d_log_decay, d_beta,
-        length, chunks, scale, **sizes, num_warps=warps,
+        q, k, log_decay, beta, saved.z, dr, saved.states, d_states, do, dq, dk, d_log_decay, d_beta,
+        length, chunks, scale, **common, BK=at.keys, BV=at.values, num_warps=at.warps, num_stages=at.stages,
     )  # fmt: skip
     return Gradients(dq, dk, dv, d_log_decay, d_beta, d_start)
 
 
-def _sizes(q: Tensor, v: Tensor) -> dict[str, Any]:
-    """Compile-time sizes. Chunks of 64 fill the matrix units; larger keys leave registers for chunks of 32."""
-    key_dim, value_dim = q.shape[2], v.shape[2]
-    return {
-        "K": key_dim,
-        "V": value_dim,
-        "BK": max(16, triton.next_power_of_2(key_dim)),
-        "BV": min(64, max(16, triton.next_power_of_2(value_dim))),
-        "C": 64 if key_dim <= 64 else 32,
-        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
-    }
+class Launch(NamedTuple):
+    """How a kernel cuts its work: channels of values and keys at a time, warps of a program, loads in flight."""
+
+    values: int
+    warps: int
+    stages: int = 3
+    keys: int = 0  # where a kernel takes them in parts
 
 
-def _warps(key_dim: int) -> int:
-    return 4 if key_dim <= 64 else 8
+class Tiling(NamedTuple):
+    """How one shape of heads is computed."""
+
+    chunk: int
+    solve: Launch
+    forward: Launch
+    backward_state: Launch
+    backward_inputs: Launch
+
+
+# TILINGS
+
+def tiling_of(key_dim: int, value_dim: int) -> Tiling:
+    """How heads of this shape are computed."""
+    keys, values = _padded(key_dim), min(64, _padded(value_dim))
+    if key_dim <= 64:
+        return Tiling(64, Launch(0, 4), Launch(values, 4), Launch(values, 4), Launch(values, 4, keys=keys))
+    return Tiling(32, Launch(0, 4), Launch(values, 8), Launch(values, 8), Launch(values, 8, keys=min(128, keys)))
+
+
+def _common(q: Tensor, v: Tensor, tiling: Tiling) -> dict[str, Any]:
+    precision = "ieee" if q.dtype == torch.float32 else "tf32"
+    return {"K": q.shape[2], "V": v.shape[2], "C": tiling.chunk, "PRECISION": precision}
+
+
+def _but(sizes: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in sizes.items() if key != name}
+
+
+def _padded(channels: int) -> int:
+    """What products take: a power of two, 16 at least."""
+    return max(16, triton.next_power_of_2(channels))
