@@ -11,7 +11,7 @@ from gdn_mup.model.config import InitialScale, ModelSettings, model_shape
 from gdn_mup.model.language_model import LanguageModel, initialize, parameter_table
 from gdn_mup.scaling.apply import ModelScaling, distinct_rules, scale_model, scale_rule_sets
 from gdn_mup.scaling.growth import Axes, ParameterInfo, Part, growth_between
-from gdn_mup.scaling.rules import RULE_SETS, Scaling
+from gdn_mup.scaling.rules import MATRICES, PRINCIPAL, RULE_SETS, Scaling
 from gdn_mup.training.clipping import norm_weights
 from gdn_mup.training.config import TrainingSettings
 from gdn_mup.training.optimizers import MemberOptimizer
@@ -39,9 +39,20 @@ def scaled(growth: str, rules: str, optimizer: str, m: int = 4, tied: bool = Fal
 @pytest.mark.parametrize("rules", RULE_SETS)
 @pytest.mark.parametrize("growth", GROWTH_MODES)
 def test_every_multiplier_is_exactly_one_at_the_base_width(growth, rules, optimizer, tied):
+    """But for the weight decay of what does not decay."""
     scaling = scaled(growth, rules, optimizer, m=1, tied=tied)
-    assert set(scaling.parameters.values()) == {Scaling(1.0, 1.0, 1.0, 1.0)}
+    for name, info in parameters(growth, 32, tied).items():
+        decays = float(info.part in RULE_SETS[rules].decays)
+        assert scaling.parameters[name] == Scaling(1.0, 1.0, 1.0, decays)
     assert scaling.logits == 1.0
+
+
+def test_matrices_decay_and_vectors_do_not():
+    for rules in PRINCIPAL:
+        assert RULE_SETS[rules].decays == MATRICES
+    table = parameters("heads", 32)
+    assert {info.part in MATRICES: len(info.shape) for info in table.values()} == {True: 2, False: 1}
+    assert all((len(info.shape) == 2) is (info.part in MATRICES) for info in table.values())
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -49,12 +60,13 @@ def test_every_multiplier_is_exactly_one_at_the_base_width(growth, rules, optimi
 @pytest.mark.parametrize("growth", GROWTH_MODES)
 def test_rule_sets_train_the_same_model_at_the_base_width_bit_for_bit(growth, optimizer, tied):
     """Initial parameters, losses and parameters over three steps; and not so at twice that width."""
+    agreeing = [name for name, rules in RULE_SETS.items() if rules.decays == MATRICES]
 
     def train(m: int) -> list[torch.Tensor]:
         base, target = (
             model_shape(ModelSettings(tied_embeddings=tied), width, growth, VOCABULARY) for width in (32, 32 * m)
         )
-        scalings = scale_rule_sets(parameter_table(base), parameter_table(target), m, list(RULE_SETS), optimizer)
+        scalings = scale_rule_sets(parameter_table(base), parameter_table(target), m, agreeing, optimizer)
         members = list(scalings.values())
         model = LanguageModel(target, len(members))
         initialize(model, base, InitialScale(), members, seed=3)
@@ -80,9 +92,9 @@ def test_rule_sets_train_the_same_model_at_the_base_width_bit_for_bit(growth, op
 def test_rule_sets_that_coincide_are_trained_once(growth):
     def distinct(m: int) -> dict[str, str]:
         tables = parameters(growth, 32), parameters(growth, 32 * m)
-        return distinct_rules(scale_rule_sets(*tables, m, list(RULE_SETS), "adamw"))
+        return distinct_rules(scale_rule_sets(*tables, m, PRINCIPAL, "adamw"))
 
-    assert distinct(1) == dict.fromkeys(RULE_SETS, "sp")
+    assert distinct(1) == dict.fromkeys(PRINCIPAL, "sp")
     # Under AdamW the paper's rules and the transformer's differ in nothing but their source.
     assert distinct(2) == {"sp": "sp", "mup": "mup", "liu_gu": "mup", "gdn_mup": "gdn_mup"}
 
@@ -147,7 +159,7 @@ def test_multipliers_are_those_of_the_printed_table(growth, rules, printed):
 def test_epsilon_and_weight_decay_of_gdn_mup_are_those_of_the_printed_table():
     adamw, sgd = (scaled("head_dim", "gdn_mup", optimizer).parameters for optimizer in OPTIMIZERS)
     assert {name: (s.epsilon, s.weight_decay) for name, s in adamw.items() if name in printed_decay} == printed_decay
-    assert all(s.learning_rate * s.weight_decay == 1 for s in [*adamw.values(), *sgd.values()])
+    assert {s.learning_rate * s.weight_decay for s in [*adamw.values(), *sgd.values()]} == {0, 1}
     assert all(s.epsilon == 1 for s in sgd.values())
 
 
@@ -155,17 +167,54 @@ printed_decay = {
     "0.q": (QUARTER, 4),
     "embedding": (QUARTER, 1),
     "0.q_conv": (QUARTER, 1),
-    "0.o_norm": (QUARTER, 1),
+    "0.o_norm": (QUARTER, 0),
     "readout": (1, 4),
     "0.beta_projection": (1, 4),
-    "0.dt_bias": (1, 1),
+    "0.dt_bias": (1, 0),
 }
 
 
 @pytest.mark.parametrize("rules", ["sp", "mup", "liu_gu"])
 def test_only_gdn_mup_scales_epsilon_and_weight_decay(rules):
     scalings = scaled("heads", rules, "adamw").parameters.values()
-    assert {(s.epsilon, s.weight_decay) for s in scalings} == {(1.0, 1.0)}
+    assert {(s.epsilon, s.weight_decay) for s in scalings} == {(1.0, 1.0), (1.0, 0.0)}
+
+
+@pytest.mark.parametrize("growth", GROWTH_MODES)
+def test_the_variants_of_gdn_mup_differ_from_it_in_weight_decay_alone(growth):
+    """At four times the base width; in the one λ stays as it is, in the other three kinds of matrices lose it."""
+    table = parameters(growth, 128)
+    ours, constant, hidden = (
+        scaled(growth, rules, "adamw").parameters
+        for rules in ("gdn_mup", "gdn_mup_constant_decay", "gdn_mup_hidden_decay")
+    )
+    for name, info in table.items():
+        decays = info.part in MATRICES
+        assert constant[name] == ours[name]._replace(weight_decay=float(decays))
+        undecayed = name.rpartition(".")[2] in ("embedding", "readout", *CONVS)
+        assert hidden[name] == (ours[name]._replace(weight_decay=0.0) if undecayed else ours[name])
+    assert ours["0.q"].learning_rate * ours["0.q"].weight_decay == 1
+    assert constant["0.q"].learning_rate * constant["0.q"].weight_decay == QUARTER
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_what_does_not_decay_keeps_its_size_where_gradients_vanish(optimizer):
+    """Training with a learning rate and weight decay, but no gradient: decayed parameters shrink, others stay."""
+    shape = model_shape(ModelSettings(), 32, "heads", VOCABULARY)
+    names = ("gdn_mup", "gdn_mup_hidden_decay")
+    members = [scaled("heads", rules, optimizer, m=1) for rules in names]
+    model = LanguageModel(shape, len(members))
+    initialize(model, shape, InitialScale(), members, seed=3)
+    weights = norm_weights("none", members, list(model.weights), torch.device("cpu"))
+    training = TrainingSettings(weight_decay=0.5, clipping="none")
+    before = {name: weight.clone() for name, weight in model.weights.items()}
+    steps = MemberOptimizer(optimizer, model, members, [0.1] * len(members), weights, training)
+    (model.losses(torch.zeros(1, 3, dtype=torch.long)) * 0).sum().backward()
+    steps.step(1.0)
+    for name, info in parameters("heads", 32).items():
+        for member, rules in enumerate(names):
+            shrinks = not torch.equal(model.weights[name][member], before[name][member])
+            assert shrinks is (info.part in RULE_SETS[rules].decays), (rules, name)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +277,7 @@ def test_a_target_narrower_than_the_base_is_the_inverse(rules):
     )
     for name in wider:
         for up, down in zip(wider[name], narrower[name], strict=True):
-            assert up * down == 1
+            assert up * down == 1 or up == down == 0
 
 
 # Errors.

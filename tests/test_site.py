@@ -17,7 +17,7 @@ from workflow_copy import ROOT
 
 from gdn_mup.scaling.exponents import predict
 from gdn_mup.scaling.growth import Axes, Growth
-from gdn_mup.scaling.rules import RULE_SETS
+from gdn_mup.scaling.rules import PRINCIPAL, RULE_SETS
 from gdn_mup.study.claims import CLAIMS, Verdict, judge_all
 from gdn_mup.study.datasets import open_dataset
 from gdn_mup.study.optimum import signed, slope_against_width, transfer
@@ -104,7 +104,7 @@ def test_predicted_exponents_are_those_of_the_derivation(site: Path, position, o
     found = [table for table in tables(page(site, "rules.html")) if table[0][0] == "array"][position]
     assert len(found) == 9
     logits = found[-1]
-    for name, cell in zip(RULE_SETS, logits[2:], strict=True):
+    for name, cell in zip(PRINCIPAL, logits[2:], strict=True):
         change = predict(name, optimizer, growth).change["logits", -1]
         assert float(cell.replace("−", "-")) == pytest.approx(change, abs=0.01)
 

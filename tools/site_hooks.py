@@ -26,7 +26,7 @@ from ziamath import Latex, config
 from gdn_mup.cli import app
 from gdn_mup.scaling.exponents import OUTSIDE_BLOCKS, predict
 from gdn_mup.scaling.growth import Axes
-from gdn_mup.scaling.rules import RULE_SETS, Power
+from gdn_mup.scaling.rules import PRINCIPAL, RULE_SETS, Power
 from gdn_mup.study.claims import CLAIMS, verdict_table
 from gdn_mup.study.datasets import JOB_VARIABLES, open_dataset
 from gdn_mup.study.optimum import signed as rounded
@@ -142,11 +142,11 @@ QUANTITIES = {
 
 def exponents(optimizer: str, growth: str) -> str:
     """Predicted width exponents under `gdn_mup` at init, and of the first change under every rule set."""
-    found = {name: predict(name, optimizer, growth) for name in RULE_SETS}
+    found = {name: predict(name, optimizer, growth) for name in PRINCIPAL}
     rows = []
     for name, title in QUANTITIES.items():
         key = (name, OUTSIDE_BLOCKS if name == "logits" else 1)
-        changes = {f"change, {RULE_TITLES[rules]}": signed(found[rules].change[key]) for rules in RULE_SETS}
+        changes = {f"change, {RULE_TITLES[rules]}": signed(found[rules].change[key]) for rules in PRINCIPAL}
         rows.append(
             {"array": title, f"at init, {RULE_TITLES['gdn_mup']}": signed(found["gdn_mup"].rms[key]), **changes}
         )

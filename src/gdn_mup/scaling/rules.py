@@ -1,17 +1,23 @@
-"""The four rule sets, as tables.
+"""The rule sets, as tables.
 
 Each row says by which power of its growth a parameter's initial standard deviation, learning rate and
-the optimizer's ε are multiplied between the base and the target width. All multipliers are 1 at the base width,
-so that there every rule set is the same model, trained in the same way.
+the optimizer's ε are multiplied between the base and the target width. All multipliers are 1 at the base width.
+A rule set also says which parameters decay, at any width. Those that agree on it are at the base width the same model,
+trained in the same way.
 
 - `sp`: standard parametrization: init ∝ 1/√fan-in, one learning rate for everything
 - `mup`: the transformer's μP, which arXiv 2606.04048 calls "original μP"
 - `liu_gu`: the rules of arXiv 2606.04048 (Liu and Gu), whose text covers growth by `head_dim`
 - `gdn_mup`: ours: the rule follows from which axes of the parameter grow, in either growth mode
+
+A variant departs from one of these in a single point, which a study puts to the test:
+
+- `gdn_mup_constant_decay`: weight decay λ itself is kept, so that learning rate × λ falls with width
+- `gdn_mup_hidden_decay`: embedding, readout and short convolutions do not decay
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from gdn_mup.scaling.growth import Axes, Growth, Part
@@ -44,8 +50,15 @@ SQRT_WIDTH = Power(width=0.5)
 WIDTH = Power(width=1)
 
 
+# Gains and gate scalars do not decay, as in fla and most language models.
+MATRICES = frozenset(Part) - {Part.NORM, Part.GATE_SCALAR}
+
+
 class Scaling(NamedTuple):
-    """Multipliers of one parameter at one width, under one rule set and one optimizer."""
+    """Multipliers of one parameter at one width, under one rule set and one optimizer.
+
+    `weight_decay` is 0 for a parameter that does not decay.
+    """
 
     init_std: float
     learning_rate: float
@@ -85,6 +98,8 @@ class RuleSet:
     `tied_output` multiplies the logits when the readout is the embedding's transpose.
     `keeps_decay` scales weight decay by 1/(learning-rate multiplier), so that decoupled decay,
     learning rate × weight decay, does not depend on width.
+    `decays` are the parameters that decay at all, at the base width too.
+    `variant_of` names the rule set that this one departs from in a single point.
     """
 
     name: str
@@ -93,15 +108,18 @@ class RuleSet:
     rows: Mapping[Part, Row] | Mapping[Axes, Row]
     tied_output: Power
     keeps_decay: bool
+    decays: frozenset[Part] = MATRICES
+    variant_of: str = ""
 
-    def row(self, part: Part | None, growth: Growth) -> Row:
+    def row(self, part: Part, growth: Growth) -> Row:
         """The row that a parameter falls under."""
         key = growth.axes if growth.axes in self.rows else part
         return self.rows[key]  # type: ignore[index]
 
-    def scaling(self, part: Part | None, growth: Growth, optimizer: str) -> Scaling:
+    def scaling(self, part: Part, growth: Growth, optimizer: str) -> Scaling:
         """The multipliers of a parameter for `adamw`, `sgd` or, in the table by axes, `muon`."""
-        return self.row(part, growth).scaling(growth, optimizer, self.keeps_decay)
+        scaling = self.row(part, growth).scaling(growth, optimizer, self.keeps_decay)
+        return scaling if part in self.decays else scaling._replace(weight_decay=0.0)
 
 
 SP = RuleSet(
@@ -165,4 +183,20 @@ GDN_MUP = RuleSet(
     keeps_decay=True,
 )  # fmt: skip
 
-RULE_SETS: dict[str, RuleSet] = {rules.name: rules for rules in (SP, MUP, LIU_GU, GDN_MUP)}
+# The two questions about weight decay that shapes do not settle.
+GDN_MUP_CONSTANT_DECAY = replace(
+    GDN_MUP, name="gdn_mup_constant_decay", title="gdn-mup, λ constant", variant_of="gdn_mup", keeps_decay=False
+)
+GDN_MUP_HIDDEN_DECAY = replace(
+    GDN_MUP,
+    name="gdn_mup_hidden_decay",
+    title="gdn-mup, hidden λ alone",
+    variant_of="gdn_mup",
+    decays=frozenset({Part.HIDDEN, Part.GATE_PROJECTION}),
+)
+
+RULE_SETS: dict[str, RuleSet] = {
+    rules.name: rules for rules in (SP, MUP, LIU_GU, GDN_MUP, GDN_MUP_CONSTANT_DECAY, GDN_MUP_HIDDEN_DECAY)
+}
+# Those that tables set side by side.
+PRINCIPAL = tuple(name for name, rules in RULE_SETS.items() if not rules.variant_of)

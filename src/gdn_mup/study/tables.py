@@ -14,7 +14,7 @@ import xarray as xr
 
 from gdn_mup.files import replacing
 from gdn_mup.scaling.growth import Growth, Part
-from gdn_mup.scaling.rules import RULE_SETS
+from gdn_mup.scaling.rules import PRINCIPAL, RULE_SETS
 from gdn_mup.study.claims import Evidence, verdict_table
 from gdn_mup.study.losses import best_losses_less
 from gdn_mup.study.optimum import Slope, signed, transfers
@@ -88,9 +88,10 @@ _MULTIPLIERS = {
 
 
 def scaling_rules() -> pd.DataFrame:
-    """Every multiplier of every rule set as the power of m = d/d₀ that it is, next to the paper's own.
+    """Every multiplier of the principal rule sets as the power of m = d/d₀ that it is, next to the paper's own.
 
-    One row per (growth, parameters, multiplier), computed from the rule sets that training uses. The columns
+    One row per (growth, parameters, multiplier), computed from the rule sets that training uses; `none` for weight
+    decay of parameters that do not decay. The columns
     `paper` and `paper_original_mup` are what arXiv 2606.04048 prints, empty where it prints nothing.
     """
     rows = []
@@ -106,9 +107,9 @@ def scaling_rules() -> pd.DataFrame:
                     "axes_that_grow": growing.axes.value,
                     "multiplier": multiplier,
                 }
-                for name, rules in RULE_SETS.items():
-                    value = getattr(rules.scaling(group.part, growing, optimizer), field)
-                    row[name] = _power_of_m(float(np.log(value) / np.log(m)))
+                for name in PRINCIPAL:
+                    value = getattr(RULE_SETS[name].scaling(group.part, growing, optimizer), field)
+                    row[name] = _power_of_m(float(np.log(value) / np.log(m))) if value else "none"
                 paper = _AS_PRINTED.get(group.title) if growth == "head_dim" else None
                 known = paper is not None and printed is not None
                 row["paper"] = paper[printed] if known else ""  # type: ignore[index]
@@ -122,8 +123,8 @@ def scaling_rules() -> pd.DataFrame:
             "axes_that_grow": "",
             "multiplier": "output",
         }
-        for name, rules in RULE_SETS.items():
-            tied = rules.tied_output(Growth(fan_in=1.0, fan_out=m, width=m))
+        for name in PRINCIPAL:
+            tied = RULE_SETS[name].tied_output(Growth(fan_in=1.0, fan_out=m, width=m))
             row[name] = _power_of_m(float(np.log(tied) / np.log(m)))
         row["paper"] = row["paper_original_mup"] = "m^-1" if growth == "head_dim" else ""
         rows.append(row)
@@ -132,7 +133,7 @@ def scaling_rules() -> pd.DataFrame:
 
 def printed_scaling_rules(table: pd.DataFrame) -> pd.DataFrame:
     """Rows in which nothing happens are left out; growth modes with equal rules are joined."""
-    names = list(RULE_SETS)
+    names = list(PRINCIPAL)
     nothing = (table[names] == "1").all(axis=1) & table.paper.isin(("1", ""))
     parameters = list(dict.fromkeys(table.parameters))
     shown = table[~nothing].sort_values("parameters", key=lambda column: column.map(parameters.index), kind="stable")

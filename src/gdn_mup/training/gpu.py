@@ -49,13 +49,8 @@ class FusedOptimizer:
             rows = [[value(member, name) for name in names] for member in range(model.members)]
             return torch.tensor(rows, dtype=torch.float32, device=device)
 
-        def decay(member: int, name: str) -> float:
-            # Gains and gate scalars (vectors) do not decay, as in fla and most language models.
-            matrix = model.weights[name].dim() > 2
-            return training.weight_decay * scalings[member].parameters[name].weight_decay if matrix else 0.0
-
         self._rates = coefficients(lambda m, name: learning_rates[m] * scalings[m].parameters[name].learning_rate)
-        self._decays = coefficients(decay)
+        self._decays = coefficients(lambda m, name: training.weight_decay * scalings[m].parameters[name].weight_decay)
         self._epsilons = coefficients(lambda m, name: training.epsilon * scalings[m].parameters[name].epsilon)
         self._norm_weights = torch.stack([norm_weights[name] for name in names], 1).contiguous()
         places = [(model.layout.parameters[name].offset, model.layout.parameters[name].size) for name in names]

@@ -67,13 +67,13 @@ class MemberOptimizer:
         self._model, self._norm_weights, self._training = model, norm_weights, training
         adaptive = optimizer == "adamw"
         self._update = self._adamw if adaptive else self._sgd
-        places: dict[tuple[int, Scaling, bool], list[tuple[str, int]]] = defaultdict(list)
-        for name, weight in model.weights.items():
+        places: dict[tuple[int, Scaling], list[tuple[str, int]]] = defaultdict(list)
+        for name in model.weights:
             for member, scaling in enumerate(scalings):
                 rule = scaling.parameters[name]._replace(init_std=1.0)  # the init is not the optimizer's
-                places[member, rule, weight[member].dim() > 1].append((name, member))
+                places[member, rule].append((name, member))
         self._groups = []
-        for (member, rule, decays), group in places.items():
+        for (member, rule), group in places.items():
             slices = [model.weights[name][member] for name, member in group]
             self._groups.append(
                 _Group(
@@ -83,8 +83,7 @@ class MemberOptimizer:
                     squares=[torch.zeros_like(piece) for piece in slices] if adaptive else [],
                     steps=[torch.zeros((), device=model.flat.device) for _ in slices] if adaptive else [],
                     learning_rate=learning_rates[member] * rule.learning_rate,
-                    # Gains and gate scalars (vectors) do not decay, as in fla and most language models.
-                    weight_decay=training.weight_decay * rule.weight_decay if decays else 0.0,
+                    weight_decay=training.weight_decay * rule.weight_decay,
                     epsilon=training.epsilon * rule.epsilon,
                 )
             )

@@ -53,9 +53,9 @@ STYLE: Any = {  # matplotlib types the keys of rc_context as literals
 }
 
 _COLOURBLIND = sns.color_palette("colorblind")
-RULE_COLOURS = dict(zip(RULE_TITLES, (_COLOURBLIND[i] for i in (3, 0, 1, 2)), strict=True))
-RULE_MARKERS = dict(zip(RULE_TITLES, "osD^", strict=True))
-RULE_SIGNS = dict(zip(RULE_TITLES, "●■◆▲", strict=True))  # the markers, in text
+RULE_COLOURS = dict(zip(RULE_TITLES, (_COLOURBLIND[i] for i in (3, 0, 1, 2, 4, 9)), strict=True))
+RULE_MARKERS = dict(zip(RULE_TITLES, "osD^v<", strict=True))
+RULE_SIGNS = dict(zip(RULE_TITLES, "●■◆▲▼◀", strict=True))  # the markers, in text
 
 
 class Drawing(NamedTuple):
