@@ -3,8 +3,8 @@
     python benchmarks/delta_rule_tilings.py [--shapes 64x64 128x128] [--json FILE] [--processes 16]
 
 Every way to cut the work that the chip can hold is compiled (by several processes) and timed on its own; the fastest
-of each kernel are put together for each length of a chunk, and the fastest chunk wins. What a way computes is compared with
-what the first way computed: one that is wrong is left out, and said.
+of each kernel are put together for each length of a chunk, and the fastest chunk wins. What a way computes is
+compared with what the first way computed: one that is wrong is left out, and said.
 """
 
 import argparse
