@@ -42,11 +42,11 @@ def ways(kernel: str, key_dim: int, value_dim: int) -> Iterator[Launch]:
         yield from (Launch(0, warps) for warps in (2, 4, 8))
     elif kernel == "backward_inputs":
         parts = [size for size in (32, 64, 128) if size <= keys and size <= max(64, key_dim)]
-        for each, part, warps, stages in itertools.product(values[-3:], parts, (4, 8), (1, 2)):
+        for each, part, warps, stages in itertools.product(values[-2:], parts, (4, 8), (2, 3)):
             yield Launch(each, warps, stages, part)
     else:
-        for each, warps, stages in itertools.product(values[-3:], (4, 8), (1, 2, 3)):
-            if keys * each <= 16384:
+        for each, warps, stages in itertools.product(values[-3:], (4, 8), (2, 3, 4)):
+            if keys * each <= 2048 * warps:  # the state's elements
                 yield Launch(each, warps, stages)
 
 
@@ -101,7 +101,7 @@ def _few(key_dim: int, value_dim: int) -> dict[str, Tensor]:
 def default(shape: str, chunk: int) -> Tiling:
     """A way that always runs."""
     key_dim, value_dim = (max(16, triton.next_power_of_2(size)) for size in sizes(shape))
-    usual = Launch(min(64, value_dim), 8, 1)
+    usual = Launch(min(64, value_dim), 8, 2)
     return Tiling(chunk, Launch(0, 4), usual, usual, usual._replace(keys=min(64, key_dim)))
 
 

@@ -263,7 +263,7 @@ def test_a_full_disk(place: Place, mounted: Callable[..., Path]) -> None:
     filler.unlink()
 
     filler = fill(disk, leaving=16_384)
-    ends_as(place.sweep(job, "--checkpoint-seconds", 0), "a full disk at a checkpoint")
+    ends_as(place.sweep(job, "--checkpoint-seconds", 0), "a disk too small for a checkpoint")
     filler.unlink()
     assert content(disk) == before
 

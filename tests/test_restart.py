@@ -86,8 +86,9 @@ def test_a_job_killed_at_ten_moments_gives_the_same_bits(tmp_path: Path, corpus:
     time.sleep(moments.uniform(0, 2))  # while it starts
     starting.kill()
     starting.communicate()
-    for _ in range(KILLS - 1):
-        process = job.start_training()
+    for kill in range(KILLS - 1):
+        # Every other one while a thread writes beside the training.
+        process = job.start_training(checkpoint_seconds=0.01 * (kill % 2))
         time.sleep(moments.uniform(0, 0.2))
         assert process.poll() is None, "trained to the end before it could be killed: the study is too short"
         process.kill()

@@ -204,7 +204,7 @@ def _backward_inputs(q_ptr, k_ptr, log_decay_ptr, beta_ptr, z_ptr, dr_ptr, state
 
     # Inside the chunk. Row and column sums are of the same float32 numbers, so that what cancels, cancels.
     outputs_z, rests_z = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
-    for first in tl.static_range(0, V, BV):
+    for first in tl.range(0, V, BV):
         d = first + tl.arange(0, BV)
         at_value, values = t[:, None] * V + d, inside[:, None] & (d < V)
         do = tl.load(do_ptr + start * V + at_value, mask=values, other=0.0)
@@ -213,7 +213,7 @@ def _backward_inputs(q_ptr, k_ptr, log_decay_ptr, beta_ptr, z_ptr, dr_ptr, state
         outputs_z = tl.dot(do, tl.trans(z), outputs_z, input_precision=PRECISION)
         rests_z = tl.dot(dr, tl.trans(z), rests_z, input_precision=PRECISION)
     overlap_q, overlap_k = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
-    for first in tl.static_range(0, K, BK):
+    for first in tl.range(0, K, BK):
         c = first + tl.arange(0, BK)
         at_key, keys = t[:, None] * K + c, inside[:, None] & (c < K)
         q = tl.load(q_ptr + start * K + at_key, mask=keys, other=0.0)
@@ -232,14 +232,14 @@ def _backward_inputs(q_ptr, k_ptr, log_decay_ptr, beta_ptr, z_ptr, dr_ptr, state
     # Through the states: at the end of the chunk what the key writes, at its start what query and key read.
     through_end, through_start = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
     d_kept = 0.0
-    for first_key in tl.static_range(0, K, BK):
+    for first_key in tl.range(0, K, BK):
         c = first_key + tl.arange(0, BK)
         at_key, keys = t[:, None] * K + c, inside[:, None] & (c < K)
         q = tl.load(q_ptr + start * K + at_key, mask=keys, other=0.0)
         k = tl.load(k_ptr + start * K + at_key, mask=keys, other=0.0)
         dq, dk = tl.zeros([C, BK], tl.float32), tl.zeros([C, BK], tl.float32)
         dk_end = tl.zeros([C, BK], tl.float32)
-        for first in tl.static_range(0, V, BV):
+        for first in tl.range(0, V, BV):
             d = first + tl.arange(0, BV)
             at_value, values = t[:, None] * V + d, inside[:, None] & (d < V)
             at_state, in_state = c[:, None] * V + d, (c < K)[:, None] & (d < V)
