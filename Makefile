@@ -7,13 +7,14 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 SHELL := /bin/bash
 INSTALLED := .venv/.installed
 
-.PHONY: help reproduce environment test docs publish lint format reference lock clean-study
+.PHONY: help reproduce environment test test-slow test-all docs publish lint format reference lock clean-study
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make reproduce              environment, then every figure, table and verdict of the study 'laptop', and its report"
 	@echo "make reproduce STUDY=smoke  the same for another study in config/studies/"
-	@echo "make test                   every test, and the checks of 'make lint'"
+	@echo "make test                   the tests of every module, minutes on two cores, and the checks of 'make lint'"
+	@echo "make test-all               the same, then the tests that are slow by design (make test-slow)"
 	@echo "make lint                   ruff, mypy, snakefmt, snakemake --lint; notebooks without outputs"
 	@echo "make docs                   the documentation, in site/index.html"
 	@echo "make format                 let ruff, snakefmt and nbstripout repair what 'make lint' would complain about"
@@ -53,9 +54,17 @@ $(INSTALLED): requirements.lock requirements-peers.txt pyproject.toml
 	@python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
+# A process a core, each with two tests on hand; more than eight would not help and take a gigabyte each.
+PYTEST := python -m pytest --numprocesses logical --maxprocesses 8 --dist loadgroup
+
 test: environment
-	python -m pytest
+	$(PYTEST) -m "not slow"
 	@$(MAKE) --no-print-directory lint
+
+test-slow: environment
+	$(PYTEST) -m slow
+
+test-all: test test-slow
 
 # The datasets of results/reference/, each of the jobs that are kept beside it.
 publish: environment
@@ -64,12 +73,24 @@ publish: environment
 	        --output results/reference/$(STUDY)/$$(basename $$kind).nc $$kind/*.nc; \
 	done
 
+# Several at once, each with its output in one piece (not by the make of macOS, which is of 2006).
+LINTERS := ruff-check ruff-format mypy snakefmt snakemake-lint nbstripout
+.PHONY: $(LINTERS)
+
 lint: environment
+	@$(MAKE) --no-print-directory --jobs $(if $(filter output-sync,$(.FEATURES)),--output-sync) $(LINTERS)
+
+ruff-check:
 	ruff check
+ruff-format:
 	ruff format --check
+mypy:
 	mypy
+snakefmt:
 	snakefmt --check Snakefile workflow
+snakemake-lint:
 	snakemake --lint
+nbstripout:
 	nbstripout --verify notebooks/*.ipynb docs/*.ipynb
 
 docs: environment

@@ -7,6 +7,8 @@ import sys
 import pytest
 from workflow_copy import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 def rehearse(name: str) -> str:
     """What a benchmark prints in a rehearsal; records are as they were."""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from command_line import gdn_mup
 from module_examples import Mlp
 from torch import Tensor, nn
 
@@ -123,6 +124,7 @@ def test_diverged_runs_have_no_loss():
 
 MINE = """
 import torch
+from command_line import gdn_mup
 from module_examples import Mlp
 from test_checks import batches, loss
 
@@ -164,7 +166,8 @@ def test_check_writes_its_dataset_and_figure_and_says_by_its_exit_code_whether_s
     ],
 )
 def test_wrong_commands_are_named_in_one_line(arguments, message, tmp_path: Path):
-    done = run(tmp_path, "check", *arguments)
+    (tmp_path / "mine.py").write_text(MINE)
+    done = gdn_mup("check", *arguments, folder=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith(message) and done.stderr.count("\n") == 1
 
 

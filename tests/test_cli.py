@@ -1,14 +1,17 @@
-"""The command line by hand: what it teaches, what it writes, and what it says when the input is wrong."""
+"""The command line by hand: what it teaches, what it writes, and what it says when the input is wrong.
+
+Commands run in this process, the last of each kind of ending in one of its own in tests/test_faults.py.
+"""
 
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from command_line import gdn_mup
 from workflow_copy import ROOT, TINY, TINY_EXPERIMENT
 
 from gdn_mup.errors import EXIT_MACHINE
@@ -33,12 +36,6 @@ STUDY = {
         TINY_EXPERIMENT | {"optimizer": "adamw", "learning_rates": {"log2_first": -8, "log2_last": -6}},
     ],
 }
-
-
-def gdn_mup(*arguments: object, folder: Path = ROOT, python: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a process of its own, as a user would; `python` are options of the interpreter."""
-    command = [sys.executable, *python, "-m", "gdn_mup", *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +152,8 @@ def test_the_same_job_gives_the_same_bits_and_imports_no_compiler(
     """torch._dynamo, which torch.optim's classes import, would be two seconds of every job."""
     options = ("--growth", "heads", "--optimizer", "adamw", "--width", 32, "--seed", 0, "--output", tmp_path / "j.nc")
     command = ("sweep", "--study", study, "--corpus", made["corpus"], *options)
-    done = gdn_mup(*command, python=("-X", "importtime"))
+    process = [sys.executable, "-X", "importtime", "-m", "gdn_mup", *map(str, command)]
+    done = subprocess.run(process, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0
     assert "gdn_mup.training.optimizers" in done.stderr
     assert torch.cuda.is_available() or "torch._dynamo" not in done.stderr

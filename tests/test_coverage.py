@@ -30,6 +30,8 @@ from gdn_mup.study.optimum import (
 )
 from gdn_mup.study.width_fit import Metric, asymptotic_loss_penalty, fit_error, robustness_exponent
 
+pytestmark = pytest.mark.slow
+
 STUDIES = 1000
 LEAST, MOST = 92.0, 98.0  # % of intervals that may cover
 

@@ -380,6 +380,7 @@ ON_THE_WAY = {
 AFTER_GATES = {"mixer_output", "mlp_hidden", "mlp_output", "residual", "final_norm"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("rules", MEASURED_RULES)
 def test_the_gated_deltanet_moves_as_predicted(measured, optimizer, rules):
@@ -400,6 +401,7 @@ def test_the_gated_deltanet_moves_as_predicted(measured, optimizer, rules):
     assert not wrong
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_under_gdn_mup_every_activation_of_the_gated_deltanet_moves_alike_at_all_widths(measured, optimizer):
     """Exponent 0 in the heads growth; with `head_dim` gates and q, k, of unit norm, move less at first."""

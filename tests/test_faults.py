@@ -5,7 +5,6 @@ import errno
 import hashlib
 import io
 import json
-import os
 import re
 import shutil
 import signal
@@ -19,6 +18,7 @@ import numpy as np
 import pytest
 import xarray as xr
 import yaml
+from command_line import gdn_mup
 from reliability import PAGE, ends_as, faults, is_said_as
 from workflow_copy import ROOT, TINY, TINY_EXPERIMENT, WorkflowCopy
 
@@ -48,29 +48,30 @@ class Place:
         self.study.write_text(yaml.safe_dump(STUDY | study))
 
     def run(self, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "gdn_mup", *map(str, arguments)]
-        settings = os.environ | environment
-        return subprocess.run(command, cwd=self.folder, capture_output=True, text=True, timeout=300, env=settings)
+        """A command, in this process."""
+        return gdn_mup(*arguments, folder=self.folder, **environment)
 
-    def sweep(self, output: Path, *options: object, width: int = 16) -> subprocess.CompletedProcess[str]:
+    def run_process(self, *arguments: object) -> subprocess.CompletedProcess[str]:
+        """A command in a process of its own: for how that ends."""
+        command = [sys.executable, "-m", "gdn_mup", *map(str, arguments)]
+        return subprocess.run(command, cwd=self.folder, capture_output=True, text=True, timeout=300)
+
+    def sweep(self, output: Path, *options: object) -> subprocess.CompletedProcess[str]:
+        return self.run(*self.sweep_of(output, *options))
+
+    def sweep_of(self, output: Path, *options: object, width: int = 16) -> tuple[object, ...]:
+        """The command that trains a job."""
         files = ("--study", self.study, "--corpus", self.corpus, "--output", output)
         device = () if "--device" in options else ("--device", "cpu")
-        return self.run("sweep", *files, *JOB, "--width", width, *device, *options)
-
-
-@pytest.fixture(scope="module")
-def pristine(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    place = Place(tmp_path_factory.mktemp("pristine"))
-    place.change()
-    done = place.run("corpus", "--study", place.study, "--output", place.corpus)
-    assert done.returncode == 0, done.stderr
-    return place
+        return ("sweep", *files, *JOB, "--width", width, *device, *options)
 
 
 @pytest.fixture
-def place(pristine: Place, tmp_path: Path) -> Place:
-    shutil.copytree(pristine.folder, tmp_path / "place")
-    return Place(tmp_path / "place")
+def place(tiny_corpus: Path, tmp_path: Path) -> Place:
+    place = Place(tmp_path / "place")
+    shutil.copytree(tiny_corpus, place.corpus)
+    place.change()
+    return place
 
 
 @pytest.fixture
@@ -259,7 +260,7 @@ def test_a_full_disk(place: Place, mounted: Callable[..., Path]) -> None:
     before = content(disk)
 
     filler = fill(disk)
-    ends_as(place.sweep(job), "a full disk")
+    ends_as(place.run_process(*place.sweep_of(job)), "a full disk")
     filler.unlink()
 
     filler = fill(disk, leaving=16_384)
@@ -300,7 +301,8 @@ def test_a_read_only_folder(place: Place, mounted: Callable[..., Path]) -> None:
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there is a GPU here")
 def test_no_gpu(place: Place, tmp_path: Path) -> None:
-    ends_as(place.sweep(tmp_path / "job.nc", "--device", "cuda"), "no GPU where one is asked for")
+    job = place.sweep_of(tmp_path / "job.nc", "--device", "cuda")
+    ends_as(place.run_process(*job), "no GPU where one is asked for")
 
 
 def test_a_model_beyond_the_machines_memory(place: Place, tmp_path: Path) -> None:
@@ -310,7 +312,7 @@ def test_a_model_beyond_the_machines_memory(place: Place, tmp_path: Path) -> Non
             STUDY | {"model": wide, "sweeps": [STUDY["sweeps"][0] | {"widths": [16, 16 * 2**15]}]}  # type: ignore[index]
         )
     )
-    done = place.sweep(tmp_path / "job.nc", width=16 * 2**15)
+    done = place.run_process(*place.sweep_of(tmp_path / "job.nc", width=16 * 2**15))
     ends_as(done, "a machine whose memory does not hold the job")
 
 

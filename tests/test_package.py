@@ -16,6 +16,8 @@ from workflow_copy import ROOT
 
 from gdn_mup import __version__
 
+pytestmark = pytest.mark.slow
+
 TINY = """\
 corpus: {maximum_bytes: 300_000, tokenizer_sample_bytes: 60_000, vocabulary_size: 260, validation_fraction: 0.3}
 model: {base_width: 16, layers: 1, heads: 2, head_dim: 8, value_head_dim: 8}

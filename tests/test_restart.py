@@ -67,21 +67,15 @@ class Job:
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("restart")
-    (folder / "study.yaml").write_text(yaml.safe_dump(LONG_ENOUGH_TO_KILL))
-    command = [sys.executable, "-m", "gdn_mup", "corpus", "--study", folder / "study.yaml", "--output", folder / "c"]
-    subprocess.run([*map(str, command)], cwd=ROOT, check=True, timeout=120)
-    return folder / "c"
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: Path) -> xr.Dataset:
+    return Job(tmp_path_factory.mktemp("undisturbed"), tiny_corpus).finish()
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> xr.Dataset:
-    return Job(tmp_path_factory.mktemp("undisturbed"), corpus).finish()
-
-
-def test_a_job_killed_at_ten_moments_gives_the_same_bits(tmp_path: Path, corpus: Path, undisturbed: xr.Dataset) -> None:
-    job, moments = Job(tmp_path / "job", corpus), random.Random(0)
+@pytest.mark.slow
+def test_a_job_killed_at_ten_moments_gives_the_same_bits(
+    tmp_path: Path, tiny_corpus: Path, undisturbed: xr.Dataset
+) -> None:
+    job, moments = Job(tmp_path / "job", tiny_corpus), random.Random(0)
     starting = job.start()
     time.sleep(moments.uniform(0, 2))  # while it starts
     starting.kill()
@@ -97,20 +91,22 @@ def test_a_job_killed_at_ten_moments_gives_the_same_bits(tmp_path: Path, corpus:
 
 
 @pytest.mark.parametrize("command", ["tune", "clipping"])
-def test_other_jobs_that_are_killed_give_the_same_bits(tmp_path: Path, corpus: Path, command: str) -> None:
+def test_other_jobs_that_are_killed_give_the_same_bits(tmp_path: Path, tiny_corpus: Path, command: str) -> None:
     moments = random.Random(2)
-    job = Job(tmp_path / "job", corpus, command)
+    job = Job(tmp_path / "job", tiny_corpus, command)
     for _ in range(3):
         process = job.start_training()
         time.sleep(moments.uniform(0, 1.0))
         assert process.poll() is None, "trained to the end before it could be killed: the study is too short"
         process.kill()
         process.communicate()
-    xr.testing.assert_identical(job.finish(), Job(tmp_path / "undisturbed", corpus, command).finish())
+    xr.testing.assert_identical(job.finish(), Job(tmp_path / "undisturbed", tiny_corpus, command).finish())
 
 
-def test_a_job_that_reuses_runs_does_not_go_on_from_a_checkpoint_of_the_whole_job(tmp_path: Path, corpus: Path) -> None:
-    job, other = Job(tmp_path / "job", corpus), Job(tmp_path / "other", corpus)
+def test_a_job_that_reuses_runs_does_not_go_on_from_a_checkpoint_of_the_whole_job(
+    tmp_path: Path, tiny_corpus: Path
+) -> None:
+    job, other = Job(tmp_path / "job", tiny_corpus), Job(tmp_path / "other", tiny_corpus)
     other.finish()
     process = job.start_training()
     process.kill()
@@ -122,9 +118,9 @@ def test_a_job_that_reuses_runs_does_not_go_on_from_a_checkpoint_of_the_whole_jo
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_job_asked_to_end_saves_and_says_how_to_go_on(
-    tmp_path: Path, corpus: Path, undisturbed: xr.Dataset, name: str
+    tmp_path: Path, tiny_corpus: Path, undisturbed: xr.Dataset, name: str
 ) -> None:
-    job = Job(tmp_path / "job", corpus)
+    job = Job(tmp_path / "job", tiny_corpus)
     process = job.start_training(checkpoint_seconds=1.0)
     before = job.written()
     asked = time.monotonic()
@@ -138,6 +134,7 @@ def test_a_job_asked_to_end_saves_and_says_how_to_go_on(
     xr.testing.assert_identical(job.finish(), undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.workflow
 def test_a_workflow_killed_at_three_moments_ends_with_the_same_dataset(tmp_path: Path) -> None:
     target = "results/restart/datasets/lr_sweep.nc"

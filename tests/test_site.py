@@ -36,7 +36,7 @@ RAISED = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹ᐟ", "−0123456789/")  #
 RESULTS = ".md-search-result__article h2"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the built site. Strict: a broken link or anchor ends the build."""
     folder = tmp_path_factory.mktemp("site")

@@ -14,7 +14,7 @@ from workflow_copy import LONG_ENOUGH_TO_KILL, WorkflowCopy
 
 from gdn_mup.study.datasets import open_dataset
 
-pytestmark = [pytest.mark.slurm, pytest.mark.workflow]
+pytestmark = [pytest.mark.slurm, pytest.mark.workflow, pytest.mark.slow]
 
 DATASET, TABLE = "results/killable/datasets/lr_sweep.nc", "results/killable/tables/optima.csv"
 # Nothing is far away here, and jobs are seconds long; there is no accounting.

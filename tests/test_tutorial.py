@@ -10,6 +10,8 @@ import nbformat
 import pytest
 from workflow_copy import ROOT
 
+pytestmark = pytest.mark.slow
+
 FOUND = """
 import json
 json.dump(

@@ -215,6 +215,7 @@ def test_smoke_makes_everything(smoke: WorkflowCopy):
     assert [name for name in sorted(expected) if not (results / name).stat().st_size] == []
 
 
+@pytest.mark.slow
 @pytest.mark.workflow
 @pytest.mark.parametrize("study", PUBLISHED)
 def test_published_datasets_are_redrawn_without_a_job(workflow: WorkflowCopy, study: str):
