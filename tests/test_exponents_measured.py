@@ -67,7 +67,7 @@ def test_changes_grow_under_sp_and_not_under_gdn_mup(checked: xr.Dataset) -> Non
 
 def test_a_learning_rate_left_unscaled_turns_the_verdict(tokens: TokenFile, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = RULE_SETS["gdn_mup"]
-    hidden = ours.rows[Axes.BOTH]._replace(adamw_learning_rate=ONE)  # type: ignore[index]
+    hidden = ours.rows[Axes.BOTH]._replace(adamw_learning_rate=ONE)
     rows = {**ours.rows, Axes.BOTH: hidden}
     monkeypatch.setitem(RULE_SETS, "gdn_mup", dataclasses.replace(ours, rows=rows))
     assert verdict(measure(tokens), "C5", "gdn_mup") == "not reproduced"

@@ -13,28 +13,43 @@ from gdn_mup import Scaling
 from gdn_mup.model.config import ModelSettings, model_shape
 from gdn_mup.model.language_model import parameter_table
 from gdn_mup.scaling.apply import ModelScaling, scale_model
+from gdn_mup.scaling.growth import Axes, growth_between
 from gdn_mup.scaling.rules import RULE_SETS
+from gdn_mup.scaling.rules import Scaling as Multipliers
 
 # The study.
 
 BASE, TARGET = 32, 128
 
 
-def study(growth: str, tied: bool, optimizer: str) -> ModelScaling:
+def study(growth: str, tied: bool, optimizer: str, rules: str = "gdn_mup") -> ModelScaling:
     """The study's multipliers of its own model."""
     settings = ModelSettings(tied_embeddings=tied)
     base, target = (parameter_table(model_shape(settings, width, growth, 40)) for width in (BASE, TARGET))
-    return scale_model(base, target, TARGET / BASE, "gdn_mup", optimizer)
+    return scale_model(base, target, TARGET / BASE, rules, optimizer)
+
+
+def as_trained(scaling: Scaling, model: nn.Module, optimizer: str) -> dict[str, Multipliers]:
+    """Multipliers by parameter, 0 for the weight decay of what does not decay unless one asks for it."""
+    scaling.initialize(model)
+    groups = scaling.parameter_groups(model, optimizer, 1.0, weight_decay=1.0)
+    decays = {id(p): group["weight_decay"] > 0 for group in groups for p in group["params"]}
+    return {
+        name: multipliers if decays[id(model.get_parameter(name))] else multipliers._replace(weight_decay=0.0)
+        for name, multipliers in scaling.multipliers(optimizer).items()
+    }
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("growth", ["heads", "head_dim"])
 def test_multipliers_are_those_that_the_study_trains_with(growth, tied):
-    settings = ModelSettings(tied_embeddings=tied)
-    scaling = Scaling.between(lambda width: of_table(model_shape(settings, width, growth, 40)), BASE, TARGET)
+    def make(width: int) -> nn.Module:
+        return of_table(model_shape(ModelSettings(tied_embeddings=tied), width, growth, 40))
+
+    scaling = Scaling.between(make, BASE, TARGET)
     for optimizer in ("adamw", "sgd"):
         expected = study(growth, tied, optimizer)
-        found = {study_name(name): value for name, value in scaling.multipliers(optimizer).items()}
+        found = {study_name(name): value for name, value in as_trained(scaling, make(TARGET), optimizer).items()}
         assert found == expected.parameters
         assert scaling.readouts == ({"readout": expected.logits} if tied else {})
 
@@ -68,7 +83,8 @@ def test_flas_gated_deltanet_gets_the_multipliers_that_the_study_trains_with(gro
     scaling = Scaling.between(make, BASE, TARGET)
     for optimizer in ("adamw", "sgd"):
         expected = study(growth, False, optimizer).parameters
-        found = {FLA_NAMES[name.removesuffix(".weight")]: s for name, s in scaling.multipliers(optimizer).items()}
+        trained = as_trained(scaling, make(TARGET), optimizer)
+        found = {FLA_NAMES[name.removesuffix(".weight")]: multipliers for name, multipliers in trained.items()}
         assert found == {name: expected[name] for name in FLA_NAMES.values()}
 
 
@@ -99,6 +115,64 @@ def both(kind: str, seed: int = 0) -> tuple[nn.Module, nn.Module, Scaling]:
     scaling = Scaling.between(make, BASE, TARGET, axes=axes)
     scaling.initialize(ours)
     return theirs, ours, scaling
+
+
+@pytest.mark.parametrize("growth", ["heads", "head_dim"])
+def test_the_rule_set_yang_hu_is_mup_on_the_studys_own_model(growth):
+    """Init, learning rates and weight decay of every parameter, mup's forward multipliers folded in.
+
+    What only reads the width (the readout, and W_a and W_b under larger heads) is a MuReadout to mup: aW computes what
+    W with a multiplier a does, and is drawn and updated accordingly.
+    """
+    mup = pytest.importorskip("mup", reason="mup is not installed: pip install --no-deps -r requirements-peers.txt")
+    settings = ModelSettings()
+    tables = {w: parameter_table(model_shape(settings, w, growth, 40)) for w in (BASE, 2 * BASE, TARGET)}
+    growths = {name: growth_between(tables[BASE][name], tables[TARGET][name], M) for name in tables[BASE]}
+    readouts = {name for name, growth in growths.items() if growth.axes is Axes.FAN_IN}
+    assert readouts == {"readout"} | (
+        {f"{layer}.{gate}_projection" for layer in (0, 1) for gate in ("alpha", "beta")}
+        if growth == "head_dim"
+        else set()
+    )
+
+    def make(width: int) -> nn.Module:
+        module = of_table(model_shape(settings, width, growth, 40))
+        for name in readouts:
+            path, _, leaf = name.replace(".", "_.").rpartition(".")
+            fan_out, fan_in = tables[width][name].shape
+            setattr(module.get_submodule(path), leaf, mup.MuReadout(fan_in, fan_out, bias=False))
+        return module
+
+    torch.manual_seed(0)
+    model = make(TARGET)
+    before = {name: parameter.detach().std() for name, parameter in model.named_parameters()}
+    mup.set_base_shapes(model, make(BASE), delta=make(2 * BASE))
+    for optimizer, peer in (("adamw", mup.MuAdamW), ("sgd", mup.MuSGD)):
+        groups = peer(model.parameters(), lr=1.0, weight_decay=1.0).param_groups
+        group_of = {id(p): group for group in groups for p in group["params"]}
+        ours = study(growth, False, optimizer, "yang_hu").parameters
+        for name, parameter in model.named_parameters():
+            mine, group = ours[study_name(name)], group_of[id(parameter)]
+            folded = 1 / M if study_name(name) in readouts else 1.0
+            update = folded**2 if optimizer == "sgd" else folded
+            assert mine.learning_rate == pytest.approx(group["lr"] * update, rel=1e-15), name
+            assert mine.weight_decay in (0.0, pytest.approx(group["weight_decay"] / update, rel=1e-15)), name
+            assert (mine.weight_decay == 0.0) is (parameter.dim() == 1), name
+            if parameter.dim() == 2:  # drawn as torch draws, ∝ 1/√fan-in, and rescaled by mup
+                drawn = 1.0 if study_name(name) == "embedding" else growths[study_name(name)].fan_in ** -0.5
+                rescaled = float(parameter.detach().std() / before[name])
+                assert mine.init_std == pytest.approx(drawn * rescaled * folded, rel=1e-6), name
+
+
+def test_what_the_paper_calls_original_mup_is_not_mup_under_sgd():
+    """Gains, convolutions and, where heads grow, gate scalars; under larger heads W_a and W_b."""
+    for growth, others in (
+        ("heads", {"A_log", "dt_bias"}),
+        ("head_dim", {"o_norm", "alpha_projection", "beta_projection"}),
+    ):
+        published, original = (study(growth, False, "sgd", rules).parameters for rules in ("yang_hu", "mup"))
+        differ = {name.rpartition(".")[2] for name in published if published[name][:2] != original[name][:2]}
+        assert differ == others | {"mixer_norm", "mlp_norm", "final_norm", "q_conv", "k_conv", "v_conv"}
 
 
 def readout(name: str) -> bool:

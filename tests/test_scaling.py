@@ -1,6 +1,7 @@
 """The rule sets: their tables against the printed ones, and that they coincide at the base width."""
 
 from fractions import Fraction
+from functools import partial
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from hypothesis import strategies as st
 from gdn_mup.model.config import InitialScale, ModelSettings, model_shape
 from gdn_mup.model.language_model import LanguageModel, initialize, parameter_table
 from gdn_mup.scaling.apply import ModelScaling, distinct_rules, scale_model, scale_rule_sets
-from gdn_mup.scaling.growth import Axes, ParameterInfo, Part, growth_between
-from gdn_mup.scaling.rules import MATRICES, PRINCIPAL, RULE_SETS, Scaling
+from gdn_mup.scaling.growth import Axes, Growth, ParameterInfo, Part, growth_between
+from gdn_mup.scaling.rules import MATRICES, ONE, PRINCIPAL, RULE_SETS, Scaling
 from gdn_mup.training.clipping import norm_weights
 from gdn_mup.training.config import TrainingSettings
 from gdn_mup.training.optimizers import MemberOptimizer
@@ -90,13 +91,17 @@ def test_rule_sets_train_the_same_model_at_the_base_width_bit_for_bit(growth, op
 
 @pytest.mark.parametrize("growth", GROWTH_MODES)
 def test_rule_sets_that_coincide_are_trained_once(growth):
-    def distinct(m: int) -> dict[str, str]:
+    def distinct(m: int, optimizer: str) -> dict[str, str]:
         tables = parameters(growth, 32), parameters(growth, 32 * m)
-        return distinct_rules(scale_rule_sets(*tables, m, PRINCIPAL, "adamw"))
+        return distinct_rules(scale_rule_sets(*tables, m, PRINCIPAL, optimizer))
 
-    assert distinct(1) == dict.fromkeys(PRINCIPAL, "sp")
-    # Under AdamW the paper's rules and the transformer's differ in nothing but their source.
-    assert distinct(2) == {"sp": "sp", "mup": "mup", "liu_gu": "mup", "gdn_mup": "gdn_mup"}
+    for optimizer in OPTIMIZERS:
+        assert distinct(1, optimizer) == dict.fromkeys(PRINCIPAL, "sp")
+    # Under AdamW the paper's rules and its "original μP" differ in nothing but their source.
+    adamw = {"sp": "sp", "mup": "mup", "yang_hu": "yang_hu", "liu_gu": "mup", "gdn_mup": "gdn_mup"}
+    assert distinct(2, "adamw") == adamw
+    # Under SGD there is no ε, in which alone μP as published differs from ours.
+    assert distinct(2, "sgd") == {name: name for name in PRINCIPAL} | {"gdn_mup": "yang_hu"}
 
 
 # The printed tables, at m = 4: init std, AdamW learning rate, SGD learning rate.
@@ -138,6 +143,16 @@ SP = {
     **dict.fromkeys((*HIDDEN, *GATE_PROJECTIONS, "readout"), (HALF, 1, 1)),
     **dict.fromkeys((*GATE_SCALARS, *CONVS, *NORMS, "embedding"), (1, 1, 1)),
 }
+# As the released code of arXiv 2606.04048 has it: model/gdn-sp.py, _init_weights; train_adam_finewebedu.py
+# with utils/gdn_adam_utils.py; train_sgd_finewebedu.py with utils/gdn_sgd_utils.py. There embeddings are tied; the rows
+# of an untied readout are those of the text.
+SP_RELEASED = dict.fromkeys((*SP, "final_norm"), (1, 1, 1))
+LIU_GU_RELEASED = LIU_GU | {
+    **dict.fromkeys(CONVS, (HALF, QUARTER, 1)),
+    **dict.fromkeys((*NORMS, "final_norm"), (1, QUARTER, 1)),
+}
+# model/gdn-mup.py multiplies the mixer's output by 1/m, which is W_o/m in the place of W_o.
+LIU_GU_RELEASED_MIXER = LIU_GU_RELEASED | {"o": (HALF * QUARTER, QUARTER**2, QUARTER**2)}
 
 
 @pytest.mark.parametrize(
@@ -145,7 +160,11 @@ SP = {
     [(growth, "sp", SP) for growth in GROWTH_MODES]
     + [(growth, "mup", MUP) for growth in GROWTH_MODES]
     + [(growth, "liu_gu", LIU_GU) for growth in GROWTH_MODES]
-    + [("heads", "gdn_mup", GDN_MUP_HEADS), ("head_dim", "gdn_mup", GDN_MUP_HEAD_DIM)],
+    + [(growth, "sp_released", SP_RELEASED) for growth in GROWTH_MODES]
+    + [(growth, "liu_gu_released", LIU_GU_RELEASED) for growth in GROWTH_MODES]
+    + [(growth, "liu_gu_released_mixer", LIU_GU_RELEASED_MIXER) for growth in GROWTH_MODES]
+    + [("heads", rules, GDN_MUP_HEADS) for rules in ("gdn_mup", "yang_hu")]
+    + [("head_dim", rules, GDN_MUP_HEAD_DIM) for rules in ("gdn_mup", "yang_hu")],
 )
 def test_multipliers_are_those_of_the_printed_table(growth, rules, printed):
     adamw, sgd = (scaled(growth, rules, optimizer).parameters for optimizer in OPTIMIZERS)
@@ -174,10 +193,78 @@ printed_decay = {
 }
 
 
-@pytest.mark.parametrize("rules", ["sp", "mup", "liu_gu"])
-def test_only_gdn_mup_scales_epsilon_and_weight_decay(rules):
+@pytest.mark.parametrize("rules", ["sp", "mup", "liu_gu", "sp_released", "liu_gu_released"])
+def test_the_papers_rules_scale_neither_epsilon_nor_weight_decay(rules):
     scalings = scaled("heads", rules, "adamw").parameters.values()
     assert {(s.epsilon, s.weight_decay) for s in scalings} == {(1.0, 1.0), (1.0, 0.0)}
+
+
+@pytest.mark.parametrize("growth", GROWTH_MODES)
+def test_mup_as_published_is_gdn_mup_without_its_epsilon(growth):
+    ours, theirs = (scaled(growth, rules, "adamw").parameters for rules in ("gdn_mup", "yang_hu"))
+    assert theirs == {name: scaling._replace(epsilon=1.0) for name, scaling in ours.items()}
+    assert ours != theirs
+
+
+@pytest.mark.parametrize("growth", GROWTH_MODES)
+def test_in_the_released_code_of_sp_every_matrix_is_drawn_alike_at_every_width(growth):
+    """From gains for a base width of 64 that give the code's 0.02, and under its μP ∝ 1/√width; the embedding never."""
+    base = model_shape(ModelSettings(base_width=64), 64, growth, 512)
+    fan_ins = {"hidden": 64, "gate": 64, "residual": base.mlp_width, "mixer_output": 32, "short_conv": 4}
+    scale = InitialScale(embedding=0.02, **{group: 0.02 * fan_in**0.5 for group, fan_in in fan_ins.items()})
+    for m in (1, 4):
+        target = model_shape(ModelSettings(base_width=64), 64 * m, growth, 512)
+        rules = ("sp_released", "liu_gu_released")
+        members = list(scale_rule_sets(parameter_table(base), parameter_table(target), m, rules, "adamw").values())
+        model = LanguageModel(target, 2)
+        initialize(model, base, scale, members, seed=0)
+        for name, info in parameter_table(target).items():
+            if info.part in (Part.NORM, Part.GATE_SCALAR, Part.READOUT):
+                continue
+            sp, mup = (float(weight.std()) for weight in model.weights[name])
+            tolerance = 5 / weight_count(info) ** 0.5
+            assert sp == pytest.approx(0.02, rel=tolerance), name
+            assert mup == pytest.approx(sp * (1 if name == "embedding" else m**-0.5), rel=1e-5), name
+
+
+def weight_count(info: ParameterInfo) -> int:
+    return info.shape[0] * info.shape[1]
+
+
+@pytest.mark.parametrize("keeps_decay", [False, True])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_multiplier_folded_into_a_parameter_trains_as_the_multiplier_does(optimizer, keeps_decay):
+    """The mixer's output × 1/m as a factor in the forward pass, and by the rule set's row; float64, six updates."""
+    row = RULE_SETS["liu_gu_released_mixer"].rows[Part.MIXER_OUTPUT]
+    plain, growth = row._replace(multiplier=ONE), Growth(4.0, 4.0, 4.0)
+    factor = row.multiplier(growth)
+    assert factor == QUARTER
+    make = {
+        "adamw": partial(torch.optim.AdamW, betas=(0.9, 0.95)),
+        "sgd": partial(torch.optim.SGD, momentum=0.9, nesterov=True),
+    }[optimizer]
+    random = torch.Generator().manual_seed(0)
+    x, y, w = (torch.randn(5, 5, generator=random, dtype=torch.float64) for _ in range(3))
+    ends = []
+    for scaling, forward in ((plain.scaling(growth, optimizer, keeps_decay), factor), (None, 1.0)):
+        rule = scaling or row.scaling(growth, optimizer, keeps_decay)
+        weight = torch.nn.Parameter(w * rule.init_std)
+        options = {"lr": 0.1 * rule.learning_rate, "weight_decay": 0.3 * rule.weight_decay}
+        options |= {"eps": 1e-3 * rule.epsilon} if optimizer == "adamw" else {}
+        steps = make([weight], **options)
+        for _ in range(6):
+            steps.zero_grad()
+            ((forward * x @ weight - y) ** 2).mean().backward()
+            steps.step()
+        ends.append(forward * weight.detach())
+    assert torch.allclose(*ends, rtol=1e-12, atol=0)
+    assert not torch.allclose(ends[0], w * row.init_std(growth) * factor, rtol=1e-3)
+
+
+def test_in_the_released_code_convolutions_decay_and_the_embedding_does_not():
+    assert RULE_SETS["sp_released"].decays == MATRICES
+    for rules in ("liu_gu_released", "liu_gu_released_mixer"):
+        assert RULE_SETS[rules].decays == MATRICES - {Part.EMBEDDING}
 
 
 @pytest.mark.parametrize("growth", GROWTH_MODES)
@@ -217,9 +304,7 @@ def test_what_does_not_decay_keeps_its_size_where_gradients_vanish(optimizer):
             assert shrinks is (info.part in RULE_SETS[rules].decays), (rules, name)
 
 
-@pytest.mark.parametrize(
-    ("rules", "expected"), [("sp", 1), ("mup", QUARTER), ("liu_gu", QUARTER), ("gdn_mup", QUARTER)]
-)
+@pytest.mark.parametrize(("rules", "expected"), [(name, 1 if name.startswith("sp") else QUARTER) for name in RULE_SETS])
 def test_a_tied_readout_is_an_output_multiplier_and_the_embedding_keeps_its_row(rules, expected):
     tied, untied = (scaled("heads", rules, "sgd", tied=tied) for tied in (True, False))
     assert tied.logits == expected

@@ -1,8 +1,8 @@
 """The shape of a Gated DeltaNet language model, and how it grows with width."""
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from gdn_mup.settings import Settings, Size
 
@@ -14,7 +14,7 @@ KernelScale = Literal["one", "inverse_root"]  # what multiplies q in the delta r
 class InitialScale(Settings):
     """Initial standard deviations at the base width, where every rule set coincides.
 
-    `hidden`, `residual`, `gate` and `readout` are gains over 1/√fan-in; `embedding` is a standard deviation.
+    `embedding` is a standard deviation, all others are gains over 1/√fan-in.
     """
 
     embedding: float = Field(1.0, gt=0, description="Standard deviation of the embedding.")
@@ -22,6 +22,15 @@ class InitialScale(Settings):
     residual: float = Field(1.0, gt=0, description="Gain of the matrices that write to the residual stream.")
     gate: float = Field(1.0, gt=0, description="Gain of the projections of α and β (W_a, W_b).")
     readout: float = Field(1.0, ge=0, description="Gain of the readout (ignored when embeddings are tied).")
+    short_conv: float = Field(1.0, gt=0, description="Gain of the short convolutions, whose fan-in is `conv_size`.")
+    mixer_output: float | None = Field(None, gt=0, description="Gain of W_o; that of `residual` where not given.")
+
+    @model_serializer(mode="wrap")
+    def _without_keys_that_came_later(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A key that was added must not change the settings of jobs that do not set it."""
+        dumped: dict[str, Any] = handler(self)
+        later = {key: type(self).model_fields[key].default for key in ("short_conv", "mixer_output")}
+        return {key: value for key, value in dumped.items() if key not in later or value != later[key]}
 
 
 class ModelSettings(Settings):

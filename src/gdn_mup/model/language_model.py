@@ -59,7 +59,7 @@ def parameter_table(shape: ModelShape) -> dict[str, ParameterInfo]:
         "A_log": vector(shape.heads, Part.GATE_SCALAR),
         "dt_bias": vector(shape.heads, Part.GATE_SCALAR),
         "o_norm": vector(shape.value_head_dim, Part.NORM),
-        "o": linear(d, values, Part.HIDDEN),
+        "o": linear(d, values, Part.MIXER_OUTPUT),
         "mlp_norm": vector(d, Part.NORM),
         "mlp_gate": linear(mlp, d, Part.HIDDEN),
         "mlp_up": linear(mlp, d, Part.HIDDEN),
@@ -331,18 +331,24 @@ def _draw(
             return step + torch.log(-torch.expm1(-step))
         case Part.EMBEDDING:
             std = scale.embedding
-        case Part.SHORT_CONV:
-            std = 1 / math.sqrt(base.fan_in)
+        case Part.MIXER_OUTPUT if scale.mixer_output is not None:
+            std = scale.mixer_output / math.sqrt(base.fan_in)
         case _:
             std = getattr(scale, _group(name, base.part)) / math.sqrt(base.fan_in)
     return torch.randn(shape, generator=generator) * std
 
 
 def _group(name: str, part: Part) -> str:
-    """The field of `InitialScale` that a parameter falls under; empty for gains, gate scalars, short convolutions."""
+    """The field of `InitialScale` that a parameter falls under; empty for gains and gate scalars."""
     if part is Part.HIDDEN:
-        return "residual" if name.endswith((".o", ".mlp_down")) else "hidden"
-    return {Part.EMBEDDING: "embedding", Part.READOUT: "readout", Part.GATE_PROJECTION: "gate"}.get(part, "")
+        return "residual" if name.endswith(".mlp_down") else "hidden"
+    return {
+        Part.MIXER_OUTPUT: "residual",
+        Part.GATE_PROJECTION: "gate",
+        Part.SHORT_CONV: "short_conv",
+        Part.EMBEDDING: "embedding",
+        Part.READOUT: "readout",
+    }.get(part, "")
 
 
 def _stream(seed: int, name: str) -> int:

@@ -211,7 +211,7 @@ class Scaling:
         return table.text(self, optimizer)
 
     def _multipliers(self, entry: Entry, part: Part, optimizer: str, place: Place) -> rules.Scaling:
-        scaling = RULES.rows[part.axes].scaling(part.growth, optimizer, RULES.keeps_decay)  # type: ignore[index]
+        scaling = RULES.rows[part.axes].scaling(part.growth, optimizer, RULES.keeps_decay)
         if not self.depth:
             return scaling
         by_depth = depth_scaling(self.depth.target / self.depth.base, place, self.depth.alpha)

@@ -379,7 +379,8 @@ def _block(
     hidden = {"fan_in": 1.0, "fan_out": 1.0}
     p = {
         "mixer_norm": network.parameter(Part.NORM, fan_out=1),
-        **{name: network.parameter(Part.HIDDEN, **hidden) for name in ("q", "k", "v", "g", "o")},
+        **{name: network.parameter(Part.HIDDEN, **hidden) for name in ("q", "k", "v", "g")},
+        "o": network.parameter(Part.MIXER_OUTPUT, **hidden),
         "alpha_projection": network.parameter(Part.GATE_PROJECTION, fan_in=1, fan_out=heads),
         "beta_projection": network.parameter(Part.GATE_PROJECTION, fan_in=1, fan_out=heads),
         "A_log": network.parameter(Part.GATE_SCALAR, fan_out=heads),

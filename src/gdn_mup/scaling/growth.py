@@ -8,9 +8,13 @@ from typing import NamedTuple
 
 
 class Part(Enum):
-    """What a parameter is for, declared by the model that owns it: the rows of the paper's table."""
+    """What a parameter is for, declared by the model that owns it: the rows of the paper's table.
 
-    HIDDEN = "q, k, v, g, o, MLP"
+    `MIXER_OUTPUT` is a hidden matrix to all rule sets but one.
+    """
+
+    HIDDEN = "q, k, v, g, MLP"
+    MIXER_OUTPUT = "o"
     GATE_PROJECTION = "W_a, W_b"
     GATE_SCALAR = "A_log, dt_bias"
     SHORT_CONV = "short conv"

@@ -6,12 +6,20 @@ A rule set also says which parameters decay, at any width. Those that agree on i
 trained in the same way.
 
 - `sp`: standard parametrization: init ∝ 1/√fan-in, one learning rate for everything
-- `mup`: the transformer's μP, which arXiv 2606.04048 calls "original μP"
-- `liu_gu`: the rules of arXiv 2606.04048 (Liu and Gu), whose text covers growth by `head_dim`
-- `gdn_mup`: ours: the rule follows from which axes of the parameter grow, in either growth mode
+- `mup`: what arXiv 2606.04048 (Liu and Gu) calls "original μP": by what a parameter is for
+- `yang_hu`: μP as published, arXiv 2203.03466 (Yang, Hu and others), Table 3, and as microsoft/mup: by which axes grow
+- `liu_gu`: the rules of arXiv 2606.04048, whose text covers growth by `head_dim`
+- `gdn_mup`: ours: by which axes grow, in either growth mode; `yang_hu` but for AdamW's ε
 
-A variant departs from one of these in a single point, which a study puts to the test:
+Under SGD `yang_hu` and `gdn_mup` are the same rules. `mup` is not μP as published: there A_log, dt_bias, gains and
+convolutions get a learning rate ∝ their fan-out, and under growth by `head_dim` W_a and W_b are readouts.
 
+A variant departs from one of these in a single point, which a study puts to the test, or is the code that Liu and Gu
+released (github.com/lauyikfung/gated_delta_net_mup, bb1ccf1), where that differs from their text:
+
+- `sp_released`: every matrix has the same standard deviation at every width
+- `liu_gu_released`: short convolutions and norms as hidden matrices, the embedding does not decay; model/gdn.py
+- `liu_gu_released_mixer`: in model/gdn-mup.py the mixer's output is multiplied by 1/m besides
 - `gdn_mup_constant_decay`: weight decay λ itself is kept, so that learning rate × λ falls with width
 - `gdn_mup_hidden_decay`: embedding, readout and short convolutions do not decay
 """
@@ -71,6 +79,10 @@ class Row(NamedTuple):
 
     Muon's update is orthogonal: its spectral norm, the learning rate, must be ∝ √(fan-out/fan-in) (arXiv 2310.17813).
     Its ε is added to the Frobenius norm of the gradient. A row without it is for parameters that AdamW trains.
+
+    `multiplier` is one on what the parameter computes. It is folded into the parameter: aW is a matrix whose init is a
+    times that of W, and whose updates are a times as large under AdamW and Muon, a² times under SGD (arXiv
+    2203.03466, Lemma J.1). All else is given for W.
     """
 
     init_std: Power
@@ -79,6 +91,7 @@ class Row(NamedTuple):
     adamw_epsilon: Power = ONE
     muon_learning_rate: Power | None = None
     muon_epsilon: Power | None = None
+    multiplier: Power = ONE
 
     def scaling(self, growth: Growth, optimizer: str, keeps_decay: bool) -> Scaling:
         """The multipliers at a growth for `adamw`, `sgd` or `muon` (AdamW's where Muon has no rule)."""
@@ -87,8 +100,14 @@ class Row(NamedTuple):
             "sgd": (self.sgd_learning_rate, ONE),
             "muon": (self.muon_learning_rate or self.adamw_learning_rate, self.muon_epsilon or self.adamw_epsilon),
         }[optimizer]
-        rate = learning_rate(growth)
-        return Scaling(self.init_std(growth), rate, epsilon(growth), 1 / rate if keeps_decay else 1.0)
+        rate, folded = learning_rate(growth), self.multiplier(growth)
+        update = folded**2 if optimizer == "sgd" else folded  # of aW, over that of W
+        return Scaling(
+            init_std=self.init_std(growth) * folded,
+            learning_rate=rate * update,
+            epsilon=epsilon(growth) / folded if optimizer != "sgd" else 1.0,
+            weight_decay=(1 / rate if keeps_decay else 1.0) / update,
+        )
 
 
 @dataclass(frozen=True)
@@ -105,16 +124,17 @@ class RuleSet:
     name: str
     title: str
     source: str
-    rows: Mapping[Part, Row] | Mapping[Axes, Row]
+    rows: Mapping[Part | Axes, Row]
     tied_output: Power
     keeps_decay: bool
     decays: frozenset[Part] = MATRICES
     variant_of: str = ""
 
     def row(self, part: Part, growth: Growth) -> Row:
-        """The row that a parameter falls under."""
-        key = growth.axes if growth.axes in self.rows else part
-        return self.rows[key]  # type: ignore[index]
+        """The row that a parameter falls under; the mixer's output is hidden unless it has a row of its own."""
+        if growth.axes in self.rows:
+            return self.rows[growth.axes]
+        return self.rows.get(part, self.rows[Part.HIDDEN])
 
     def scaling(self, part: Part, growth: Growth, optimizer: str) -> Scaling:
         """The multipliers of a parameter for `adamw`, `sgd` or, in the table by axes, `muon`."""
@@ -133,7 +153,7 @@ SP = RuleSet(
 
 MUP = RuleSet(
     name="mup",
-    title="μP (transformer)",
+    title="original μP",  # the paper's words; `mup` stands in published files
     source='arXiv 2606.04048, "original μP"; untied readout: arXiv 2203.03466, Table 3',
     rows={
         # part                        init std         AdamW LR   SGD LR
@@ -183,6 +203,51 @@ GDN_MUP = RuleSet(
     keeps_decay=True,
 )  # fmt: skip
 
+# Table 3 as microsoft/mup applies it: gains, convolutions and, where heads grow, A_log and dt_bias are vector-like,
+# with learning rate × fan-out under SGD; what only reads the width is a readout, here without a multiplier 1/m. Its
+# AdamW keeps learning rate × weight decay.
+YANG_HU = replace(
+    GDN_MUP,
+    name="yang_hu",
+    title="μP (Yang & Hu)",
+    source="arXiv 2203.03466, Table 3, and microsoft/mup",
+    rows={
+        axes: row._replace(adamw_epsilon=ONE, muon_learning_rate=None, muon_epsilon=None)
+        for axes, row in GDN_MUP.rows.items()
+    },
+)
+
+SP_RELEASED = replace(
+    SP,
+    name="sp_released",
+    title="SP, released code",
+    source="code of arXiv 2606.04048: standard deviation 0.02 at every width",
+    rows={part: Row(ONE, ONE, ONE) for part in Part},
+    variant_of="sp",
+)
+
+LIU_GU_RELEASED = replace(
+    LIU_GU,
+    name="liu_gu_released",
+    title="Liu & Gu, released code",
+    source="code of arXiv 2606.04048, model/gdn.py",
+    rows={
+        **LIU_GU.rows,
+        Part.SHORT_CONV: Row(PER_SQRT_WIDTH, PER_WIDTH, ONE),
+        Part.NORM:       Row(ONE,            PER_WIDTH, ONE),
+    },
+    decays=MATRICES - {Part.EMBEDDING},
+    variant_of="liu_gu",
+)  # fmt: skip
+
+LIU_GU_RELEASED_MIXER = replace(
+    LIU_GU_RELEASED,
+    name="liu_gu_released_mixer",
+    title="Liu & Gu, released code, mixer × 1/m",
+    source="code of arXiv 2606.04048, model/gdn-mup.py",
+    rows={**LIU_GU_RELEASED.rows, Part.MIXER_OUTPUT: LIU_GU.rows[Part.HIDDEN]._replace(multiplier=PER_WIDTH)},
+)
+
 # The two questions about weight decay that shapes do not settle.
 GDN_MUP_CONSTANT_DECAY = replace(
     GDN_MUP, name="gdn_mup_constant_decay", title="gdn-mup, λ constant", variant_of="gdn_mup", keeps_decay=False
@@ -192,11 +257,16 @@ GDN_MUP_HIDDEN_DECAY = replace(
     name="gdn_mup_hidden_decay",
     title="gdn-mup, hidden λ alone",
     variant_of="gdn_mup",
-    decays=frozenset({Part.HIDDEN, Part.GATE_PROJECTION}),
+    decays=frozenset({Part.HIDDEN, Part.MIXER_OUTPUT, Part.GATE_PROJECTION}),
 )
 
 RULE_SETS: dict[str, RuleSet] = {
-    rules.name: rules for rules in (SP, MUP, LIU_GU, GDN_MUP, GDN_MUP_CONSTANT_DECAY, GDN_MUP_HIDDEN_DECAY)
+    rules.name: rules
+    for rules in (
+        *(SP, MUP, YANG_HU, LIU_GU, GDN_MUP),
+        *(SP_RELEASED, LIU_GU_RELEASED, LIU_GU_RELEASED_MIXER),
+        *(GDN_MUP_CONSTANT_DECAY, GDN_MUP_HIDDEN_DECAY),
+    )
 }
 # Those that tables set side by side.
 PRINCIPAL = tuple(name for name, rules in RULE_SETS.items() if not rules.variant_of)

@@ -53,9 +53,22 @@ STYLE: Any = {  # matplotlib types the keys of rc_context as literals
 }
 
 _COLOURBLIND = sns.color_palette("colorblind")
-RULE_COLOURS = dict(zip(RULE_TITLES, (_COLOURBLIND[i] for i in (3, 0, 1, 2, 4, 9)), strict=True))
-RULE_MARKERS = dict(zip(RULE_TITLES, "osD^v<", strict=True))
-RULE_SIGNS = dict(zip(RULE_TITLES, "●■◆▲▼◀", strict=True))  # the markers, in text
+# Each rule set's place in the palette, marker, and that marker in text.
+_LOOKS: dict[str, tuple[int, str, str]] = {
+    "sp": (3, "o", "●"),
+    "mup": (0, "s", "■"),
+    "yang_hu": (4, "P", "✚"),
+    "liu_gu": (1, "D", "◆"),
+    "gdn_mup": (2, "^", "▲"),
+    "sp_released": (6, "h", "⬢"),
+    "liu_gu_released": (8, "d", "♦"),
+    "liu_gu_released_mixer": (5, "X", "✖"),
+    "gdn_mup_constant_decay": (9, "v", "▼"),
+    "gdn_mup_hidden_decay": (7, "<", "◀"),
+}
+RULE_COLOURS = {name: _COLOURBLIND[colour] for name, (colour, _, _) in _LOOKS.items()}
+RULE_MARKERS = {name: marker for name, (_, marker, _) in _LOOKS.items()}
+RULE_SIGNS = {name: sign for name, (_, _, sign) in _LOOKS.items()}
 
 
 class Drawing(NamedTuple):
