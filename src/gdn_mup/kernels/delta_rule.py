@@ -138,8 +138,9 @@ def _forward(q_ptr, k_ptr, v_ptr, log_decay_ptr, beta_ptr, y_ptr, start_ptr, o_p
 
 @triton.jit(do_not_specialize=["length", "chunks"])
 def _backward_state(q_ptr, k_ptr, log_decay_ptr, beta_ptr, y_ptr, do_ptr, d_end_ptr, dr_ptr, dv_ptr, d_states_ptr,
-                    d_start_ptr, length, chunks, scale, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-                    C: tl.constexpr, STARTS: tl.constexpr, ENDS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                    d_start_ptr, length, chunks, scale, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+                    BV: tl.constexpr, C: tl.constexpr, STARTS: tl.constexpr, ENDS: tl.constexpr,
+                    PRECISION: tl.constexpr):  # fmt: skip
     """dR, dV and the gradient of the state at the end of each chunk, of one row and one block of value channels."""
     blocks: tl.constexpr = (V + BV - 1) // BV
     row = (tl.program_id(0) // blocks).to(tl.int64)
@@ -359,6 +360,10 @@ class Launch(NamedTuple):
     stages: int = 3
     keys: int = 0  # where a kernel takes them in parts
 
+    def within(self, keys: int, values: int) -> "Launch":
+        """The same for heads with fewer channels."""
+        return self._replace(values=min(self.values, values), keys=min(self.keys, keys))
+
 
 class Tiling(NamedTuple):
     """How one shape of heads is computed."""
@@ -370,14 +375,25 @@ class Tiling(NamedTuple):
     backward_inputs: Launch
 
 
-# TILINGS
+# The fastest by `benchmarks/delta_rule_tilings.py` on an H200, from which this table is pasted.
+TILINGS = {
+    (64, 64): Tiling(64, Launch(0, 4), Launch(64, 4), Launch(64, 4), Launch(64, 4, 2, keys=64)),
+    (128, 128): Tiling(64, Launch(0, 4), Launch(64, 4, 2), Launch(64, 4, 2), Launch(64, 4, 3, keys=32)),
+    (256, 256): Tiling(32, Launch(0, 4), Launch(64, 8), Launch(64, 8), Launch(64, 8, 2, keys=64)),
+}
+
 
 def tiling_of(key_dim: int, value_dim: int) -> Tiling:
-    """How heads of this shape are computed."""
-    keys, values = _padded(key_dim), min(64, _padded(value_dim))
-    if key_dim <= 64:
-        return Tiling(64, Launch(0, 4), Launch(values, 4), Launch(values, 4), Launch(values, 4, keys=keys))
-    return Tiling(32, Launch(0, 4), Launch(values, 8), Launch(values, 8), Launch(values, 8, keys=min(128, keys)))
+    """How heads of this shape are computed: as the smallest shape of the table that they fit in."""
+    keys, values = _padded(key_dim), _padded(value_dim)
+    fitting = [shape for shape in TILINGS if shape[0] >= keys]
+    shape = min(fitting, key=lambda shape: (shape[0], shape[1] < values, abs(shape[1] - values)))
+    tiling = TILINGS[shape]
+    return tiling._replace(
+        forward=tiling.forward.within(keys, values),
+        backward_state=tiling.backward_state.within(keys, values),
+        backward_inputs=tiling.backward_inputs.within(keys, values),
+    )
 
 
 def _common(q: Tensor, v: Tensor, tiling: Tiling) -> dict[str, Any]:
