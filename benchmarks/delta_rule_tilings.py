@@ -165,7 +165,7 @@ def measure(shape: str, failed: dict[tuple[str, int, str, Launch], str]) -> dict
                     float((x.float() - y.float()).norm() / y.float().norm())
                     for x, y in zip(found, reference, strict=True)
                 )
-                if not off < 2e-2:
+                if not off < 1.2e-2:  # between two ways, each right to 8e-3
                     print(f"{shape} chunk {chunk} {kernel} {launch}: wrong by {off:.1e}", flush=True)
                     continue
                 times[kernel][launch] = kernel_times(tiling, tensors)[kernel]

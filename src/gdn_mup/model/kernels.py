@@ -17,7 +17,7 @@ FIRST_WRONG, FIRST_RIGHT = Version("3.4"), Version("3.7.1")
 LARGEST_HEAD_DIM = 256  # K: of a larger one a chunk's rows no longer fit in a GPU's registers
 
 RESULTS = ("o", "dq", "dk", "dv", "dlog_decay", "dbeta")
-TOLERANCE = 3e-2  # relative, by norm; bf16 products give 2e-3 to 8e-3
+TOLERANCE = 1.5e-2  # relative, by norm; bf16 products give 2e-3 to 8e-3
 
 
 def check_triton(triton: str, capability: tuple[int, int], has_tilelang: bool) -> None:
@@ -67,7 +67,7 @@ def check_delta_rule(
 
     A version of Triton can compile kernels that run and are wrong: from 3.4 to before 3.7.1 fla's gated backward is
     on Hopper (fla issue 640). Some are wrong only when the chip is full, which 1056 rows see to. Raises
-    MachineError, which names the version and the cure, if any difference exceeds 3 %.
+    MachineError, which names the version and the cure, if any difference exceeds 1.5 %.
     """
     from gdn_mup.model.delta_rule import gated_delta_rule  # which itself asks `check_kernels`
 
