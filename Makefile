@@ -20,7 +20,7 @@ help:
 	@echo "make format                 let ruff, snakefmt and nbstripout repair what 'make lint' would complain about"
 	@echo "make environment            .venv with exactly the packages of requirements.lock"
 	@echo "make reference              write the references of keys and datasets, and the JSON schema, again"
-	@echo "make publish STUDY=h200     collect the kept jobs in results/reference/h200/jobs into the datasets beside them"
+	@echo "make publish STUDY=h200     add the jobs in results/h200/jobs to the datasets in results/reference/h200"
 	@echo "make lock                   resolve pyproject.toml into requirements.lock again (UPGRADE=1: newest versions)"
 	@echo "make clean-study STUDY=x    delete results/x"
 
@@ -66,11 +66,12 @@ test-slow: environment
 
 test-all: test test-slow
 
-# The datasets of results/reference/, each of the jobs that are kept beside it.
+# The datasets of results/reference/ hold whole jobs: `gdn-mup extract` gives them back. What is there stays.
 publish: environment
-	@for kind in results/reference/$(STUDY)/jobs/*; do \
+	@mkdir -p results/reference/$(STUDY); for kind in results/$(STUDY)/jobs/*; do \
+	    dataset=results/reference/$(STUDY)/$$(basename $$kind).nc; \
 	    gdn-mup collect --study config/studies/$(STUDY).yaml --kind $$(basename $$kind) \
-	        --output results/reference/$(STUDY)/$$(basename $$kind).nc $$kind/*.nc; \
+	        --output $$dataset $$kind/*.nc $$(ls $$dataset 2>/dev/null) || exit; \
 	done
 
 # Several at once, each with its output in one piece (not by the make of macOS, which is of 2006).

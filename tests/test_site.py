@@ -19,7 +19,7 @@ from gdn_mup.scaling.exponents import predict
 from gdn_mup.scaling.growth import Axes, Growth
 from gdn_mup.scaling.rules import PRINCIPAL, RULE_SETS
 from gdn_mup.study.claims import CLAIMS, Verdict, judge_all
-from gdn_mup.study.datasets import open_dataset
+from gdn_mup.study.datasets import open_dataset, open_jobs
 from gdn_mup.study.optimum import signed, slope_against_width, transfer
 from gdn_mup.study.plan import load_study
 from gdn_mup.study.tables import (
@@ -140,7 +140,7 @@ def test_results_are_the_verdicts_of_the_published_datasets(site: Path) -> None:
     assert [row[3] for row in shown] == expected
     assert len({heading.text.split(".")[0] for heading in found("h2")} & {claim.id for claim in CLAIMS}) == 10
     for study in ("h200", "h200_fine"):
-        kept = len(list((ROOT / f"results/reference/{study}/jobs/lr_sweep").glob("*.nc")))
+        kept = len(open_jobs(ROOT / f"results/reference/{study}/lr_sweep.nc", "lr_sweep"))
         planned = len(load_study(ROOT / f"config/studies/{study}.yaml").jobs("lr_sweep"))
         assert f"{kept} of {planned} jobs of lr_sweep" in found.text
 

@@ -2,7 +2,6 @@
 
 import ast
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import nbformat
 import pytest
 import xarray as xr
 import yaml
+from command_line import gdn_mup
 from workflow_copy import ROOT, WorkflowCopy, job_counts
 
 from gdn_mup.study.datasets import collect, open_dataset
@@ -62,10 +62,9 @@ def test_jobs_that_were_run_by_hand_are_taken_as_they_are(tmp_path: Path):
     (results / "corpus").mkdir(parents=True)
     for name in ("train.tokens", "train.json", "validation.tokens", "validation.json", "tokenizer.json"):
         (results / "corpus" / name).touch()
-    kept = workflow.folder / "results/reference/h200_fine/jobs"
-    shutil.copytree(kept, results / "jobs", copy_function=shutil.copyfile)
+    gdn_mup("extract", workflow.folder / "results/reference/h200_fine/lr_sweep.nc", "--output", results)
     planned = workflow.planned("--config", "study=h200_fine")
-    there = len(list(kept.rglob("*.nc")))
+    there = len(list(results.rglob("*.nc")))
     assert planned["lr_sweep"] == len(load_study(ROOT / "config/studies/h200_fine.yaml").jobs("lr_sweep")) - there
     assert there > 50 and "corpus" not in planned
 

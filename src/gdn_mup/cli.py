@@ -68,8 +68,8 @@ Reuse = Annotated[
     list[Path] | None,
     typer.Option(
         metavar="FILE",
-        help="Job file of a sweep, of this or another study, that differs from this job in rules and learning_rates "
-        "alone: what it has of this job's runs is not trained again. May be given several times.",
+        help="Sweep of this or another study, as a job file or in a dataset, that differs from this job in rules and "
+        "learning_rates alone: what it has of this job's runs is not trained again. May be given several times.",
     ),
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; the libraries' own choice by default.")]
@@ -447,7 +447,9 @@ def collect(
     study: StudyFile,
     kind: Annotated[str, typer.Option(help="`lr_sweep`, `coordinates`, `multiplier`, `clipping` or `tuning`.")],
     output: Output,
-    jobs: Annotated[list[Path], typer.Argument(help="Job files of that kind.")],
+    jobs: Annotated[
+        list[Path], typer.Argument(help="Job files of that kind, or datasets, which give what no file has.")
+    ],
 ) -> None:
     """Gather job files into the study's dataset, with growth, optimizer, width and seed as dimensions."""
     from gdn_mup.study.datasets import collect as collect_jobs
@@ -457,6 +459,23 @@ def collect(
     if kind not in SECTIONS:
         raise UserError(f"--kind: {kind!r}: use {', '.join(SECTIONS)}")
     write(collect_jobs(jobs, kind, load_study(study)), output)  # type: ignore[arg-type]
+
+
+@app.command()
+def extract(
+    datasets: Annotated[list[Path], typer.Argument(help="Datasets, such as results/reference/h200/lr_sweep.nc.")],
+    output: Annotated[Path, typer.Option(help="Folder of the study's results, such as results/h200.")],
+) -> None:
+    """Write a dataset's jobs as files again, where the workflow takes them instead of training. Keeps what is there."""
+    from gdn_mup.study.datasets import job_of, kind_of, open_jobs, write
+
+    for path in datasets:
+        kind = kind_of(path)
+        jobs = open_jobs(path, kind)
+        new = [(job, file) for job in jobs if not (file := output / job_of(job, kind).path).exists()]
+        for job, file in new:
+            write(job, file)
+        print(f"{path}: {len(new)} of {len(jobs)} jobs written to {output / 'jobs' / kind}")
 
 
 def _show(table: "pd.DataFrame", title: str) -> None:

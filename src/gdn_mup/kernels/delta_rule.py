@@ -375,8 +375,8 @@ class Tiling(NamedTuple):
     backward_inputs: Launch
 
 
-# The fastest by `benchmarks/delta_rule_tilings.py` on an H200, but for the last, which is yet to be measured: chunks of 64
-# leave a state of 256 keys no registers.
+# The fastest by `benchmarks/delta_rule_tilings.py` on an H200, but for the last, which is yet to be measured: chunks of
+# 64 leave a state of 256 keys no registers.
 TILINGS = {
     (64, 64): Tiling(64, Launch(0, 4), Launch(64, 4), Launch(64, 4), Launch(64, 4, 2, keys=64)),
     (128, 256): Tiling(64, Launch(0, 4), Launch(64, 4, 2), Launch(64, 4, 2), Launch(64, 8, 3, keys=128)),

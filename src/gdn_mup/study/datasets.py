@@ -163,6 +163,9 @@ DESCRIPTIONS: dict[str, tuple[str, str]] = {
 
 # Attributes that say where a job's numbers come from and need not agree between the jobs of a dataset.
 PROVENANCE = ("commit", "versions", "device", "created")
+# Attributes of a job that its dataset keeps, under a name of the job's own; its settings are in the study's.
+_OF_A_JOB = (*PROVENANCE, "settings_hash", "reused", "learning_rate")
+_JOB = "job_"
 # Attributes that must agree: losses on different text or different batches cannot be compared.
 _SHARED = ("corpus_sha256", "vocabulary_size")
 
@@ -217,23 +220,52 @@ def open_job(path: Path | str, kind: DatasetKind, cure: str = "delete it and run
     return job
 
 
-def collect(paths: Sequence[Path | str], kind: DatasetKind, study: Study) -> xr.Dataset:
-    """Every job file of a kind as one dataset with growth, optimizer, width and seed as dimensions.
+def kind_of(path: Path | str) -> DatasetKind:
+    """Of a collected dataset. Raises UserError if the file is none."""
+    path = Path(path)
+    if path.is_file() and _is_collected(path):
+        with xr.open_dataset(path, engine="h5netcdf") as dataset:
+            if (kind := dataset.attrs.get("kind")) in JOB_VARIABLES:
+                return kind
+    raise UserError(f"{path}: not a dataset of a study; name one such as results/reference/h200/lr_sweep.nc")
 
-    A partial study is collected as far as it goes: what is missing is NaN and listed in `missing_jobs`.
+
+def open_jobs(
+    path: Path | str, kind: DatasetKind, cure: str = "delete it and run the workflow again"
+) -> list[xr.Dataset]:
+    """The job of a job file, or every job that a collected dataset holds, as their files have them.
+
+    Numbers are those of the dataset, which keeps them in float32. Raises UserError like `open_dataset`.
+    """
+    if Path(path).is_file() and _is_collected(Path(path)):
+        return list(_jobs_in(open_dataset(path, kind), Path(path), kind))
+    return [open_job(path, kind, cure)]
+
+
+def collect(paths: Sequence[Path | str], kind: DatasetKind, study: Study) -> xr.Dataset:
+    """Every job of a kind as one dataset with growth, optimizer, width and seed as dimensions.
+
+    Paths are those of job files, and of datasets that were collected before, whose jobs are taken where no file has
+    them. A partial study is collected as far as it goes: what is missing is NaN and listed in `missing_jobs`.
     Raises UserError if a file cannot be read, is of another kind, was run with other settings than the
     study's, was trained on another corpus than its fellows, or describes the same job as another file.
     """
     if not paths:
         raise UserError(f"no {kind} job files to collect; `gdn-mup plan` lists those the study asks for")
+    collected = [path for path in map(Path, paths) if path.is_file() and _is_collected(path)]
     jobs: dict[Job, tuple[Path, xr.Dataset]] = {}
-    for path in map(Path, paths):
+    for path in (path for path in map(Path, paths) if path not in collected):
         dataset = open_job(path, kind)
-        job = _job_of(dataset, kind)
+        job = job_of(dataset, kind)
         _check_settings(path, job, dataset, study)
         if job in jobs:
             raise UserError(f"{path}: the same job as {jobs[job][0]}; give only one of the two")
         jobs[job] = (path, dataset)
+    for path in collected:
+        for dataset in open_jobs(path, kind):
+            job = job_of(dataset, kind)
+            _check_settings(path, job, dataset, study)
+            jobs.setdefault(job, (path, dataset))
     _check_shared(jobs.values())
 
     return combine([dataset for _, dataset in jobs.values()], kind, study)
@@ -241,7 +273,7 @@ def collect(paths: Sequence[Path | str], kind: DatasetKind, study: Study) -> xr.
 
 def combine(job_datasets: Sequence[xr.Dataset], kind: DatasetKind, study: Study) -> xr.Dataset:
     """`collect` for job files that are in memory already, all of them the study's."""
-    by_job = {_job_of(dataset, kind): dataset for dataset in job_datasets}
+    by_job = {job_of(dataset, kind): dataset for dataset in job_datasets}
     planned = study.jobs(kind)
     ordered = [by_job[job] for job in planned if job in by_job]
     missing = [job.path for job in planned if job not in by_job]
@@ -255,6 +287,42 @@ def combine(job_datasets: Sequence[xr.Dataset], kind: DatasetKind, study: Study)
             rates.loc[_position(dataset, ("growth", "optimizer"))] = dataset.attrs["learning_rate"]
         collected["learning_rate"] = rates
     return describe(collected)
+
+
+def _is_collected(path: Path) -> bool:
+    """Whether a file is a dataset of a study, not of one job."""
+    try:
+        with xr.open_dataset(path, engine="h5netcdf") as dataset:
+            return "base_width" in dataset.attrs
+    except Exception:  # whoever reads it whole says what is wrong
+        return False
+
+
+def _jobs_in(dataset: xr.Dataset, path: Path, kind: DatasetKind) -> Iterator[xr.Dataset]:
+    study = Study.model_validate(json.loads(dataset.attrs["settings"]))
+    kept = {name: value for name, value in dataset.attrs.items() if str(name).startswith(_JOB)}
+    if not kept:
+        raise UserError(f"{path}: does not say of its jobs where they come from; name the job files themselves")
+    for name, value in kept.items():
+        attributes = json.loads(value)
+        where = attributes.pop("job")
+        job = dataset.sel(where)
+        for dimension in job.dims:  # what others have and this job has not
+            there = [
+                variable.notnull().any([name for name in variable.dims if name != dimension]).values
+                for variable in job.values()
+                if dimension in variable.dims
+            ]
+            job = job.isel({dimension: np.logical_or.reduce(there)})
+        wanted = Job(kind, **where)
+        settings = study.settings_of(wanted)
+        if attributes["settings_hash"] != settings_hash(settings):
+            raise UserError(f"{path}: {name}: not of the study whose settings the dataset has; collect it again")
+        if "diverged" in job:
+            job["diverged"] = job.diverged.astype(np.int8)
+        variables = {name: job[name].transpose(*dimensions) for name, dimensions in JOB_VARIABLES[kind].items()}
+        shared = {name: dataset.attrs[name] for name in _SHARED if name in dataset.attrs}
+        yield xr.Dataset(variables, attrs=attributes | shared | {"settings": json.dumps(settings, sort_keys=True)})
 
 
 def _read(path: Path, kind: str, variables: Mapping[str, tuple[str, ...]], cure: str) -> xr.Dataset:
@@ -291,7 +359,8 @@ def _counted(sweep: xr.Dataset) -> dict[str, int]:
     }
 
 
-def _job_of(dataset: xr.Dataset, kind: DatasetKind) -> Job:
+def job_of(dataset: xr.Dataset, kind: DatasetKind) -> Job:
+    """Which job of a study a job's dataset is."""
     growth, optimizer = (str(dataset[name].item()) for name in ("growth", "optimizer"))
     return Job(kind, growth, optimizer, int(dataset.width), int(dataset.seed))  # type: ignore[arg-type]
 
@@ -359,7 +428,7 @@ def _stack(name: str, kind: DatasetKind, datasets: Sequence[xr.Dataset]) -> xr.D
     return stacked
 
 
-def _attributes(datasets: Sequence[xr.Dataset], kind: str, study: Study, missing: list[str]) -> dict[str, Any]:
+def _attributes(datasets: Sequence[xr.Dataset], kind: DatasetKind, study: Study, missing: list[str]) -> dict[str, Any]:
     """Attributes of a dataset. Lists and mappings are JSON, since netCDF attributes are flat."""
     settings = study.model_dump(mode="json")
     attributes: dict[str, Any] = {
@@ -374,9 +443,12 @@ def _attributes(datasets: Sequence[xr.Dataset], kind: str, study: Study, missing
         "base_width": study.model.base_width,
         "settings": json.dumps(settings, sort_keys=True),
         "settings_hash": settings_hash(settings),
-        "job_settings_hashes": json.dumps([dataset.attrs["settings_hash"] for dataset in datasets]),
         "missing_jobs": json.dumps(missing),
     }
+    for dataset in datasets:  # an attribute each, since netCDF's end at 64 kB
+        where = {name: dataset[name].item() for name in JOB_COORDINATES}
+        own = {name: value for name, value in dataset.attrs.items() if name in _OF_A_JOB}
+        attributes[_JOB + Path(job_of(dataset, kind).path).stem] = json.dumps({"job": where, **own})
     for name in _SHARED:
         if name in datasets[0].attrs:
             attributes[name] = datasets[0].attrs[name]

@@ -12,13 +12,13 @@ from typing import Any
 import xarray as xr
 
 from gdn_mup.errors import UserError
-from gdn_mup.study.datasets import PROVENANCE, open_job
+from gdn_mup.study.datasets import PROVENANCE, open_jobs
 
 Run = tuple[str, float]  # a rule set that stands for all that coincide with it, and a learning rate
 
 
 def open_sweep(path: Path, settings: Mapping[str, Any], corpus: Mapping[str, Any]) -> xr.Dataset:
-    """A sweep's job file whose runs may be those of a job with these settings.
+    """A sweep whose runs may be those of a job with these settings: a job file's, or one that a dataset holds.
 
     Args:
         path: of the file.
@@ -26,18 +26,21 @@ def open_sweep(path: Path, settings: Mapping[str, Any], corpus: Mapping[str, Any
         corpus: `corpus_sha256` and `vocabulary_size` of what the job trains on.
 
     Raises:
-        UserError: not such a file, or it differs in more than rule sets and learning rates.
+        UserError: not such a file, or all it has differs in more than rule sets and learning rates; the message is
+            about the sweep that differs least.
     """
-    sweep = open_job(path, "lr_sweep", "name job files of learning-rate sweeps")
-    theirs = _facts(json.loads(sweep.attrs.get("settings", "{}")), sweep.attrs)
     ours = _facts(settings, corpus)
-    for key in ours | theirs:
-        if (found := theirs.get(key)) != (own := ours.get(key)):
-            raise UserError(
-                f"{path}: {key}: {found} is not this job's {own}: its runs are others; reuse files that differ from "
-                "the job in rules and learning_rates alone"
-            )
-    return sweep
+    differences: list[list[str]] = []
+    for sweep in open_jobs(path, "lr_sweep", "name job files or datasets of learning-rate sweeps"):
+        theirs = _facts(json.loads(sweep.attrs.get("settings", "{}")), sweep.attrs)
+        differ = [key for key in ours | theirs if theirs.get(key) != ours.get(key)]
+        if not differ:
+            return sweep
+        differences.append([f"{key}: {theirs.get(key)} is not this job's {ours.get(key)}" for key in differ])
+    raise UserError(
+        f"{path}: {min(differences, key=len)[0]}: its runs are others; reuse files that differ from "
+        "the job in rules and learning_rates alone"
+    )
 
 
 def take_over(
