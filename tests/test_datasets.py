@@ -62,8 +62,9 @@ def test_a_dataset_gives_its_jobs_back(plan: Study, folder: Path, tmp_path: Path
         expected = datasets.open_job(path, kind)
         for name, variable in expected.data_vars.items():
             np.testing.assert_array_equal(job[name], variable.astype(job[name].dtype))
-        for name in ("settings", "settings_hash", "commit", "device", "created", "corpus_sha256"):
+        for name in {"settings_hash", "commit", "device", "created", "corpus_sha256"} & expected.attrs.keys():
             assert job.attrs[name] == expected.attrs[name]
+        assert json.loads(job.attrs["settings"]) == plan.settings_of(datasets.job_of(expected, kind))
     datasets.write(datasets.collect([first], kind, plan), second)
     xr.testing.assert_identical(datasets.open_dataset(second, kind), datasets.open_dataset(first, kind))
     part = datasets.collect(paths[:1], kind, plan)
