@@ -28,8 +28,8 @@ from gdn_mup.study.tables import (
     printed_scaling_rules,
     printed_transfer_metrics,
     scaling_rules,
-    variants,
     transfer_metrics,
+    variants,
 )
 from gdn_mup.study.titles import GROWTH_TITLES, RULE_TITLES
 
