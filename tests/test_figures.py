@@ -797,3 +797,10 @@ def test_an_interval_far_above_all_regrets_leaves_its_panel(both_modes: xr.Datas
     others = drawing.table.regret_high[drawing.table.regret_high < farthest]
     assert farthest > ceiling > max(drawing.table.transfer_regret.max(), others.max())
     assert f"to {farthest:.1f}" in {text.get_text() for text in texts_of(drawing)}
+
+
+def test_every_rule_set_has_a_look_of_its_own() -> None:
+    for looks in (style.RULE_COLOURS, style.RULE_MARKERS, style.RULE_SIGNS):
+        assert list(looks) == list(RULE_SETS)
+        assert len(set(looks.values())) == len(RULE_SETS)
+    assert list(RULE_SETS) == list(datasets.NAME_ORDER["rules"])

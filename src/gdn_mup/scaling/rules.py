@@ -269,9 +269,10 @@ GDN_MUP_HIDDEN_DECAY = replace(
 RULE_SETS: dict[str, RuleSet] = {
     rules.name: rules
     for rules in (
-        *(SP, MUP, YANG_HU, LIU_GU, GDN_MUP),
-        *(SP_RELEASED, LIU_GU_RELEASED, LIU_GU_RELEASED_MIXER),
-        *(GDN_MUP_CONSTANT_DECAY, GDN_MUP_HIDDEN_DECAY),
+        *(SP, SP_RELEASED),
+        *(MUP, YANG_HU),
+        *(LIU_GU, LIU_GU_RELEASED, LIU_GU_RELEASED_MIXER),
+        *(GDN_MUP, GDN_MUP_CONSTANT_DECAY, GDN_MUP_HIDDEN_DECAY),
     )
 }
 # Those that tables set side by side.
