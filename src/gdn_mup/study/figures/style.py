@@ -67,7 +67,7 @@ _LOOKS: dict[str, tuple[int, float, str, str]] = {
     "gdn_mup_hidden_decay": (2, 0.35, "<", "◀"),
 }
 RULE_COLOURS = {
-    name: to_hex([shade * channel for channel in _COLOURBLIND[colour]])
+    name: to_hex(tuple(shade * channel for channel in _COLOURBLIND[colour]))
     for name, (colour, shade, _, _) in _LOOKS.items()
 }
 RULE_MARKERS = {name: marker for name, (*_, marker, _) in _LOOKS.items()}
