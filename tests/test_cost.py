@@ -21,6 +21,7 @@ from gdn_mup.model.flops import forward_flops, training_flops
 from gdn_mup.model.language_model import LanguageModel
 from gdn_mup.study import datasets
 from gdn_mup.study.cost import costs, job_costs, planned_costs, sweep_cost
+from gdn_mup.study.plan import load_study
 from gdn_mup.study.tables import printed_costs
 from gdn_mup.study.titles import with_unit
 from gdn_mup.training import energy
@@ -182,6 +183,17 @@ def test_the_speed_of_models_larger_than_measured_is_that_of_the_largest(evidenc
     assert rate["512"] == pytest.approx(rate["128"]) and rate["128"] > 2 * rate["32"]
     with pytest.raises(UserError, match="no job that says how long it took"):
         planned_costs(plan, lambda job: 1, evidence["lr_sweep"].assign(seconds=evidence["lr_sweep"].seconds * np.nan))
+
+
+def test_studies_of_any_size_add_up(evidence: dict[str, xr.Dataset]) -> None:
+    """Beyond the 9 EFLOPs that a 64-bit whole number holds, predicted and measured."""
+    paper = load_study(Path(__file__).parents[1] / "config/studies/paper.yaml")
+    *rows, total = planned_costs(paper, lambda job: 2, evidence["lr_sweep"]).itertuples()
+    assert total.flops == pytest.approx(math.fsum(row.flops for row in rows)) and total.flops > 1e21
+    sweep = evidence["lr_sweep"]
+    larger = {"lr_sweep": sweep.assign(tokens=sweep.tokens.fillna(0).astype("int64") * 10**8)}
+    *rows, total = costs(larger).itertuples()
+    assert total.flops == pytest.approx(math.fsum(row.flops for row in rows)) and total.flops > 1e19
 
 
 def test_energy_that_some_jobs_report_says_how_many(evidence: dict[str, xr.Dataset]) -> None:

@@ -19,6 +19,7 @@ from synthetic import EXPONENTS, SLOPES, excess_loss, in_memory, job_file, study
 from gdn_mup.errors import UserError
 from gdn_mup.model.config import ModelSettings, model_shape
 from gdn_mup.scaling.growth import growth_between
+from gdn_mup.scaling.rules import RULE_SETS
 from gdn_mup.study import datasets, figures, tables
 from gdn_mup.study.figures import style
 from gdn_mup.study.files import from_root
@@ -649,6 +650,20 @@ def test_rules_are_what_the_paper_prints() -> None:
     assert theirs.loc[("W_a, W_b", "sgd_learning_rate"), ["liu_gu", "gdn_mup"]].to_list() == ["m^-1/2", "m^-1"]
 
 
+def test_variants_say_what_they_multiply_otherwise() -> None:
+    table = tables.variants().set_index(["variant", "of", "multiplier", "parameters", "growth by"])
+    where = "more heads or larger heads"
+    sp, liu_gu, mixer = (RULE_TITLES[name] for name in ("sp_released", "liu_gu_released", "liu_gu_released_mixer"))
+    found = {key: tuple(row) for key, row in zip(table.index, table.to_numpy(), strict=True)}
+    matrices = "q, k, v, g, o, MLP, W_a, W_b, readout"
+    assert found[sp, "SP", "init std", matrices, where] == ("m⁻¹ᐟ²", "1")
+    assert found[liu_gu, "Liu & Gu", "AdamW weight decay", "embedding", where] == ("1", "none")
+    assert found[mixer, liu_gu, "AdamW learning rate", "o", where] == ("m⁻¹", "m⁻²")
+    assert found["gdn-mup, λ constant", "gdn-mup", "AdamW weight decay", matrices, where] == ("m", "1")
+    assert {key[0] for key in found} == {rules.title for rules in RULE_SETS.values() if rules.variant_of}
+    assert len([key for key in found if key[0] == sp]) == 1
+
+
 @pytest.mark.parametrize("growth", ["heads", "head_dim"])
 def test_parameter_groups_grow_as_the_model_does(growth: Any) -> None:
     language_model = pytest.importorskip("gdn_mup.model.language_model")
@@ -656,7 +671,7 @@ def test_parameter_groups_grow_as_the_model_does(growth: Any) -> None:
     base, target = (language_model.parameter_table(model_shape(model, width, growth, 512)) for width in (32, 128))
     declared = {
         (group.part, 4.0 ** group.fan_in[i], 4.0 ** group.fan_out[i])
-        for group in tables.PARAMETER_GROUPS
+        for group in (*tables.PARAMETER_GROUPS, tables._MIXER_OUTPUT)
         for i in [list(GROWTH_TITLES).index(growth)]
     }
     found = set()
@@ -672,7 +687,7 @@ def test_tables_are_written_three_times(lr_sweep: xr.Dataset, tmp_path: Path) ->
     read = pd.read_csv(tmp_path / "optima.csv")
     assert read.log2_learning_rate.to_numpy() == pytest.approx(table.log2_learning_rate, nan_ok=True, rel=1e-5)
     markdown = (tmp_path / "optima.md").read_text("utf-8")
-    assert "μP (transformer)" in markdown and "diverges" in markdown and "gdn_mup" not in markdown
+    assert "original μP" in markdown and "diverges" in markdown and "gdn_mup" not in markdown
     tex = (tmp_path / "optima.tex").read_text("utf-8")
     assert tex.count(r"\\") == len(table) + 1
     assert r"Liu \& Gu" in tex and r"\toprule" in tex and tex.isascii()
@@ -782,3 +797,10 @@ def test_an_interval_far_above_all_regrets_leaves_its_panel(both_modes: xr.Datas
     others = drawing.table.regret_high[drawing.table.regret_high < farthest]
     assert farthest > ceiling > max(drawing.table.transfer_regret.max(), others.max())
     assert f"to {farthest:.1f}" in {text.get_text() for text in texts_of(drawing)}
+
+
+def test_every_rule_set_has_a_look_of_its_own() -> None:
+    for looks in (style.RULE_COLOURS, style.RULE_MARKERS, style.RULE_SIGNS):
+        assert list(looks) == list(RULE_SETS)
+        assert len(set(looks.values())) == len(RULE_SETS)
+    assert list(RULE_SETS) == list(datasets.NAME_ORDER["rules"])

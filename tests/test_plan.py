@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from workflow_copy import ROOT
 
 from gdn_mup.errors import UserError
-from gdn_mup.model.config import model_shape
+from gdn_mup.model.config import InitialScale, ModelSettings, model_shape
 from gdn_mup.study.plan import (
     SECTIONS,
     ClippingCheck,
@@ -258,6 +258,41 @@ def test_a_file_that_is_no_study_is_refused(tmp_path: Path, text: str, expected:
     path.write_text(text)
     with pytest.raises(UserError, match=expected):
         load_study(path)
+
+
+@pytest.mark.parametrize("key", ["short_conv", "mixer_output"])
+def test_keys_that_were_added_are_no_setting_of_jobs_that_do_not_give_them(key: str) -> None:
+    """Published jobs know nothing of them; given, they are settings like any other."""
+    plain = ModelSettings().model_dump(mode="json")
+    assert key not in plain["initial_scale"]
+    default = InitialScale.model_fields[key].default
+    assert ModelSettings.model_validate({"initial_scale": {key: default}}).model_dump(mode="json") == plain
+    given = ModelSettings.model_validate({"initial_scale": {key: 0.5}})
+    dumped = given.model_dump(mode="json")
+    assert dumped["initial_scale"] == plain["initial_scale"] | {key: 0.5}
+    assert ModelSettings.model_validate(dumped) == given
+
+
+@pytest.mark.parametrize("name", ["paper_131m", "paper_131m_1536", "paper_131m_unclipped"])
+def test_the_papers_architecture_is_that_of_its_released_code(name: str) -> None:
+    study = load_study(ROOT / f"config/studies/{name}.yaml")
+    training, base = study.training, study.model.base_width
+    assert training.steps * training.batch_size * training.context_length == 131_072_000
+    assert training.warmup_steps * 10 == training.steps and study.model.norm_epsilon == 1e-6
+    for width in {width for sweep in study.sweeps for width in sweep.widths}:
+        shape = model_shape(study.model, width, "head_dim", study.corpus.vocabulary_size)
+        assert (shape.heads, shape.layers, shape.tied_embeddings) == (6, 8, True)
+        assert (8 * shape.head_dim, 4 * shape.value_head_dim) == (width, width)
+        theirs = -(-int(width * 4 * 2 / 3) // 256) * 256  # fla's GatedMLP with hidden_ratio 4
+        assert shape.mlp_width == theirs if width <= 512 else theirs < shape.mlp_width < 1.13 * theirs
+    shape = model_shape(study.model, base, "head_dim", study.corpus.vocabulary_size)
+    scale, values = study.model.initial_scale, shape.heads * shape.value_head_dim
+    assert scale.embedding == 0.02 and scale.mixer_output is not None
+    gains = (scale.hidden, base), (scale.gate, base), (scale.mixer_output, values), (scale.residual, shape.mlp_width)
+    for gain, fan_in in (*gains, (scale.short_conv, shape.conv_size)):
+        assert gain / math.sqrt(fan_in) == pytest.approx(0.02, rel=1e-5)
+    (clipping,) = {(study.training_of(sweep).clipping, study.training_of(sweep).clip_norm) for sweep in study.sweeps}
+    assert clipping == (("none", 1.0) if name.endswith("unclipped") else ("global_norm", 1.0))
 
 
 def test_the_papers_setting_is_the_papers() -> None:

@@ -261,6 +261,18 @@ def test_a_multiplier_folded_into_a_parameter_trains_as_the_multiplier_does(opti
     assert not torch.allclose(ends[0], w * row.init_std(growth) * factor, rtol=1e-3)
 
 
+def test_a_variant_goes_back_to_a_principal_rule_set():
+    families = {name: rules.family for name, rules in RULE_SETS.items()}
+    assert {name: families[name] for name in PRINCIPAL} == {name: name for name in PRINCIPAL}
+    assert {name: family for name, family in families.items() if name not in PRINCIPAL} == {
+        "sp_released": "sp",
+        "liu_gu_released": "liu_gu",
+        "liu_gu_released_mixer": "liu_gu",
+        "gdn_mup_constant_decay": "gdn_mup",
+        "gdn_mup_hidden_decay": "gdn_mup",
+    }
+
+
 def test_in_the_released_code_convolutions_decay_and_the_embedding_does_not():
     assert RULE_SETS["sp_released"].decays == MATRICES
     for rules in ("liu_gu_released", "liu_gu_released_mixer"):

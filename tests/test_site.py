@@ -29,6 +29,7 @@ from gdn_mup.study.tables import (
     printed_transfer_metrics,
     scaling_rules,
     transfer_metrics,
+    variants,
 )
 from gdn_mup.study.titles import GROWTH_TITLES, RULE_TITLES
 
@@ -85,6 +86,11 @@ def test_all_rule_sets_stand_beside_the_papers(site: Path) -> None:
     expected = printed_scaling_rules(scaling_rules())
     rows = [[str(cell).translate(RAISED) for cell in row] for row in expected.itertuples(index=False)]
     assert [list(expected.columns), *rows] in tables(page(site, "rules.html"))
+
+
+def test_variants_stand_with_what_they_do_otherwise(site: Path) -> None:
+    expected = [[str(cell).translate(RAISED) for cell in row] for row in variants().itertuples(index=False)]
+    assert [list(variants().columns), *expected] in tables(page(site, "rules.html"))
 
 
 def test_rule_sets_that_differ_say_in_what(site: Path) -> None:

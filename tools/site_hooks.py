@@ -27,6 +27,7 @@ from gdn_mup.cli import app
 from gdn_mup.scaling.exponents import OUTSIDE_BLOCKS, predict
 from gdn_mup.scaling.growth import Axes
 from gdn_mup.scaling.rules import PRINCIPAL, RULE_SETS, Power
+from gdn_mup.study import tables
 from gdn_mup.study.claims import CLAIMS, verdict_table
 from gdn_mup.study.datasets import JOB_VARIABLES, open_dataset
 from gdn_mup.study.optimum import signed as rounded
@@ -115,6 +116,11 @@ def power(exponents: Power) -> str:
 def all_rules() -> str:
     """Every rule set and the paper's own rules, side by side."""
     return markdown_table(printed_scaling_rules(scaling_rules()))
+
+
+def variants() -> str:
+    """What each variant multiplies otherwise than the rule set that it departs from."""
+    return markdown_table(tables.variants())
 
 
 def differences(other: str) -> str:
@@ -274,6 +280,7 @@ PARTS = {
         rule_set,
         all_rules,
         differences,
+        variants,
         exponents,
         finding,
         published,

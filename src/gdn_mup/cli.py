@@ -169,7 +169,7 @@ def rules(
     growth: Annotated[str | None, typer.Option(help="Only `heads` or only `head_dim`.")] = None,
 ) -> None:
     """Show how each rule set scales each parameter, as powers of m = width / base width, next to the paper's."""
-    from gdn_mup.study.tables import printed_scaling_rules, scaling_rules
+    from gdn_mup.study.tables import printed_scaling_rules, scaling_rules, variants
 
     table = scaling_rules()
     if growth is not None:
@@ -178,6 +178,7 @@ def rules(
         table = table[table.growth == growth]
     printed = printed_scaling_rules(table)
     _show(printed, "Multipliers between the base width and m times that width")
+    _show(variants(), "Variants: what they multiply otherwise")
 
 
 @app.command()

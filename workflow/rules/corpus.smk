@@ -41,7 +41,7 @@ rule corpus:
         "../../environment.yml"
     threads: get_corpus_threads
     resources:
-        mem_mb=2000,
+        mem_mb=4000,  # a gigabyte of text takes 2.7 GB
         runtime=get_corpus_runtime,
     params:
         settings=get_corpus_settings,

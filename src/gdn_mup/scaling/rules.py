@@ -130,6 +130,11 @@ class RuleSet:
     decays: frozenset[Part] = MATRICES
     variant_of: str = ""
 
+    @property
+    def family(self) -> str:
+        """The principal rule set that this one is, or goes back to: `sp` for all that is not meant to transfer."""
+        return RULE_SETS[self.variant_of].family if self.variant_of else self.name
+
     def row(self, part: Part, growth: Growth) -> Row:
         """The row that a parameter falls under; the mixer's output is hidden unless it has a row of its own."""
         if growth.axes in self.rows:
@@ -246,6 +251,7 @@ LIU_GU_RELEASED_MIXER = replace(
     title="Liu & Gu, released code, mixer × 1/m",
     source="code of arXiv 2606.04048, model/gdn-mup.py",
     rows={**LIU_GU_RELEASED.rows, Part.MIXER_OUTPUT: LIU_GU.rows[Part.HIDDEN]._replace(multiplier=PER_WIDTH)},
+    variant_of="liu_gu_released",
 )
 
 # The two questions about weight decay that shapes do not settle.
@@ -263,9 +269,10 @@ GDN_MUP_HIDDEN_DECAY = replace(
 RULE_SETS: dict[str, RuleSet] = {
     rules.name: rules
     for rules in (
-        *(SP, MUP, YANG_HU, LIU_GU, GDN_MUP),
-        *(SP_RELEASED, LIU_GU_RELEASED, LIU_GU_RELEASED_MIXER),
-        *(GDN_MUP_CONSTANT_DECAY, GDN_MUP_HIDDEN_DECAY),
+        *(SP, SP_RELEASED),
+        *(MUP, YANG_HU),
+        *(LIU_GU, LIU_GU_RELEASED, LIU_GU_RELEASED_MIXER),
+        *(GDN_MUP, GDN_MUP_CONSTANT_DECAY, GDN_MUP_HIDDEN_DECAY),
     )
 }
 # Those that tables set side by side.

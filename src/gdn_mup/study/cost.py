@@ -37,7 +37,7 @@ def job_costs(dataset: xr.Dataset) -> pd.DataFrame:
     jobs = table.to_dataframe(dim_order=_JOB).dropna(how="all").reset_index()
     shapes = _shapes(dataset, jobs)
     both, forward = ([count(shape) for shape in shapes] for count in (training_flops, forward_flops))
-    flops = jobs.members * (jobs.tokens * both + jobs.evaluated_tokens * forward)
+    flops = jobs.members.astype(float) * (jobs.tokens.astype(float) * both + jobs.evaluated_tokens * forward)
     jobs = jobs.assign(flops=flops, tokens=jobs.members * jobs.tokens).drop(columns="evaluated_tokens")
     return jobs.rename(columns={"diverged_members": "diverged"})
 
@@ -85,7 +85,8 @@ def planned_costs(study: Study, rules_trained: Callable[[Job], int], measured: x
             shape = model_shape(study.model, job.width, job.growth, study.corpus.vocabulary_size)
             tokens, evaluated = study.tokens_of(job)
             members = rules_trained(job) * study.models_of(job)
-            flops = members * (tokens * training_flops(shape) + evaluated * forward_flops(shape))
+            # Not a whole number: those of 64 bits end at 9 EFLOPs, which is one job of eight layers at width 1024.
+            flops = float(members * (tokens * training_flops(shape) + evaluated * forward_flops(shape)))
             size = math.log(forward_flops(shape))
             seconds = flops / math.exp(np.interp(size, sizes, np.log(flop_rate)))
             costs = {"members": members, "diverged": 0, "tokens": members * tokens, "flops": flops, "seconds": seconds}

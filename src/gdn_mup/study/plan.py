@@ -21,9 +21,8 @@ from gdn_mup.settings import LARGEST_COUNT, Octaves, Seed, Settings, Size
 from gdn_mup.training.config import Clipping, OptimizerName, TrainingSettings
 
 RuleSetName = Literal[
-    "sp", "mup", "yang_hu", "liu_gu", "gdn_mup",
-    "sp_released", "liu_gu_released", "liu_gu_released_mixer",
-    "gdn_mup_constant_decay", "gdn_mup_hidden_decay",
+    "sp", "sp_released", "mup", "yang_hu", "liu_gu", "liu_gu_released", "liu_gu_released_mixer",
+    "gdn_mup", "gdn_mup_constant_decay", "gdn_mup_hidden_decay",
 ]  # fmt: skip
 
 # Kinds of jobs, and the section of a study file that asks for each.

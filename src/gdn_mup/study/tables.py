@@ -4,6 +4,7 @@ Every table is made twice: with numbers (the csv) and, by `printed_*`, in words 
 """
 
 import re
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +15,7 @@ import xarray as xr
 
 from gdn_mup.files import replacing
 from gdn_mup.scaling.growth import Growth, Part
-from gdn_mup.scaling.rules import PRINCIPAL, RULE_SETS
+from gdn_mup.scaling.rules import PRINCIPAL, RULE_SETS, RuleSet
 from gdn_mup.study.claims import Evidence, verdict_table
 from gdn_mup.study.losses import best_losses_less
 from gdn_mup.study.optimum import Slope, signed, transfers
@@ -65,6 +66,8 @@ PARAMETER_GROUPS = (
     ParameterGroup("embedding", Part.EMBEDDING, fan_in=(0, 0), fan_out=(1, 1)),
     ParameterGroup("readout", Part.READOUT, fan_in=(1, 1), fan_out=(0, 0)),
 )
+# W_o has rules of its own in a variant alone, and stands among the hidden matrices above.
+_MIXER_OUTPUT = ParameterGroup("o", Part.MIXER_OUTPUT, fan_in=(1, 1), fan_out=(1, 1))
 
 # arXiv 2606.04048, text and released code, as powers of m (of d for the init, where the paper prints 1/√d).
 # The paper grows head_dim and ties the readout to the embedding, whose logits it multiplies by 1/m.
@@ -99,8 +102,7 @@ def scaling_rules() -> pd.DataFrame:
         for group in PARAMETER_GROUPS:
             m = 4.0
             growing = Growth(fan_in=m ** group.fan_in[i], fan_out=m ** group.fan_out[i], width=m)
-            for multiplier, (_, optimizer, printed) in _MULTIPLIERS.items():
-                field = multiplier.removeprefix("adamw_").removeprefix("sgd_")
+            for multiplier, (_, _, printed) in _MULTIPLIERS.items():
                 row = {
                     "growth": growth,
                     "parameters": group.title,
@@ -108,8 +110,7 @@ def scaling_rules() -> pd.DataFrame:
                     "multiplier": multiplier,
                 }
                 for name in PRINCIPAL:
-                    value = getattr(RULE_SETS[name].scaling(group.part, growing, optimizer), field)
-                    row[name] = _power_of_m(float(np.log(value) / np.log(m))) if value else "none"
+                    row[name] = _multiplier(name, group.part, growing, multiplier)
                 paper = _AS_PRINTED.get(group.title) if growth == "head_dim" else None
                 known = paper is not None and printed is not None
                 row["paper"] = paper[printed] if known else ""  # type: ignore[index]
@@ -129,6 +130,49 @@ def scaling_rules() -> pd.DataFrame:
         row["paper"] = row["paper_original_mup"] = "m^-1" if growth == "head_dim" else ""
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _multiplier(rules: str, part: Part, growth: Growth, multiplier: str) -> str:
+    """One of `_MULTIPLIERS` as a power of m, the growth of the width; `none` for what does not decay."""
+    field = multiplier.removeprefix("adamw_").removeprefix("sgd_")
+    value = getattr(RULE_SETS[rules].scaling(part, growth, _MULTIPLIERS[multiplier][1]), field)
+    return _power_of_m(float(np.log(value) / np.log(growth.width))) if value else "none"
+
+
+def variants() -> pd.DataFrame:
+    """What each variant multiplies otherwise than the rule set that it departs from; one row for each such multiplier.
+
+    Parameters that differ alike stand together. Printed as it is: powers of m with superscript signs.
+    """
+    rows = [row for rules in RULE_SETS.values() if rules.variant_of for row in _differences(rules)]
+    table = pd.DataFrame(rows)
+    for joined, separator in (("growth by", " or "), ("parameters", ", ")):
+        keys = [name for name in table if name != joined]
+        table = table.groupby(keys, sort=False)[joined].agg(separator.join).reset_index()
+    return table[list(rows[0])]
+
+
+def _differences(variant: RuleSet) -> Iterator[dict[str, str]]:
+    """A row for each growth mode, parameters and multiplier in which a variant differs."""
+    m = 4.0
+    for i, growth in enumerate(GROWTH_TITLES.values()):
+        for group in (*PARAMETER_GROUPS, _MIXER_OUTPUT):
+            growing = Growth(fan_in=m ** group.fan_in[i], fan_out=m ** group.fan_out[i], width=m)
+            if group is _MIXER_OUTPUT and variant.row(group.part, growing) == variant.row(Part.HIDDEN, growing):
+                continue
+            for multiplier, (title, _, _) in _MULTIPLIERS.items():
+                names = (variant.variant_of, variant.name)
+                there, here = (_superscript(_multiplier(name, group.part, growing, multiplier)) for name in names)
+                if there != here:
+                    yield {
+                        "variant": variant.title,
+                        "of": RULE_TITLES[variant.variant_of],
+                        "parameters": group.title,
+                        "multiplier": title,
+                        "growth by": growth,
+                        "there": there,
+                        "here": here,
+                    }
 
 
 def printed_scaling_rules(table: pd.DataFrame) -> pd.DataFrame:

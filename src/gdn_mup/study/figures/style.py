@@ -53,22 +53,25 @@ STYLE: Any = {  # matplotlib types the keys of rc_context as literals
 }
 
 _COLOURBLIND = sns.color_palette("colorblind")
-# Each rule set's place in the palette, marker, and that marker in text.
-_LOOKS: dict[str, tuple[int, str, str]] = {
-    "sp": (3, "o", "●"),
-    "mup": (0, "s", "■"),
-    "yang_hu": (4, "P", "✚"),
-    "liu_gu": (1, "D", "◆"),
-    "gdn_mup": (2, "^", "▲"),
-    "sp_released": (6, "h", "⬢"),
-    "liu_gu_released": (8, "d", "♦"),
-    "liu_gu_released_mixer": (5, "X", "✖"),
-    "gdn_mup_constant_decay": (9, "v", "▼"),
-    "gdn_mup_hidden_decay": (7, "<", "◀"),
+# Each rule set's place in the palette, brightness, marker, and that marker in text. A variant is a darker shade.
+_LOOKS: dict[str, tuple[int, float, str, str]] = {
+    "sp": (3, 1.0, "o", "●"),
+    "sp_released": (3, 0.6, "h", "⬢"),
+    "mup": (0, 1.0, "s", "■"),
+    "yang_hu": (4, 1.0, "P", "✚"),
+    "liu_gu": (1, 1.0, "D", "◆"),
+    "liu_gu_released": (1, 0.6, "d", "♦"),
+    "liu_gu_released_mixer": (1, 0.35, "X", "✖"),
+    "gdn_mup": (2, 1.0, "^", "▲"),
+    "gdn_mup_constant_decay": (2, 0.6, "v", "▼"),
+    "gdn_mup_hidden_decay": (2, 0.35, "<", "◀"),
 }
-RULE_COLOURS = {name: _COLOURBLIND[colour] for name, (colour, _, _) in _LOOKS.items()}
-RULE_MARKERS = {name: marker for name, (_, marker, _) in _LOOKS.items()}
-RULE_SIGNS = {name: sign for name, (_, _, sign) in _LOOKS.items()}
+RULE_COLOURS = {
+    name: to_hex(tuple(shade * channel for channel in _COLOURBLIND[colour]))
+    for name, (colour, shade, _, _) in _LOOKS.items()
+}
+RULE_MARKERS = {name: marker for name, (*_, marker, _) in _LOOKS.items()}
+RULE_SIGNS = {name: sign for name, (*_, sign) in _LOOKS.items()}
 
 
 class Drawing(NamedTuple):
