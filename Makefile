@@ -34,6 +34,9 @@ reproduce: environment
 
 environment: $(INSTALLED)
 
+# Modules are compiled when they are first imported: pip would compile 20,000 of which most never are, in a minute.
+INSTALL := python -m pip install --quiet --disable-pip-version-check --no-compile
+
 # The interpreter: PYTHON if given, else python3, else the newest one that Snakemake 9 and the lock allow.
 $(INSTALLED): requirements.lock requirements-peers.txt pyproject.toml
 	@PATH="$${PATH#$(CURDIR)/.venv/bin:}"; \
@@ -49,9 +52,9 @@ $(INSTALLED): requirements.lock requirements-peers.txt pyproject.toml
 	fi; \
 	echo "Installing the packages of requirements.lock into .venv ($$("$$python" --version)): minutes the first time"; \
 	if [ "$$python" != .venv/bin/python ]; then "$$python" -m venv --clear .venv; fi
-	@python -m pip install --quiet --disable-pip-version-check -r requirements.lock
-	@python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-peers.txt
-	@python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@$(INSTALL) -r requirements.lock
+	@$(INSTALL) --no-deps -r requirements-peers.txt
+	@$(INSTALL) --no-deps --editable .
 	@touch $@
 
 # A process a core, each with two tests on hand; more than eight would not help and take a gigabyte each.

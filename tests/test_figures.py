@@ -160,7 +160,7 @@ def test_titles_state_what_was_found(drawings: dict[str, figures.Drawing]) -> No
     assert re.search("SP −(0.9|1.0)", title_of(drawings["lr_transfer"]))
     title = title_of(drawings["optimum_vs_width"])
     assert "The optimum moves with width: SP (AdamW, SGD)." in title
-    assert "Movement not established: μP (transformer), Liu & Gu, gdn-mup (AdamW, SGD)." in title
+    assert "Movement not established: original μP, Liu & Gu, gdn-mup (AdamW, SGD)." in title
     assert "Not so at every width: SP (AdamW, SGD)." in title_of(drawings["training_curves"])
     assert "tuned at width 32 lower the loss there by 0.24 nats, and at" in title_of(drawings["base_width_tuning"])
 
@@ -325,7 +325,7 @@ def with_exponents(coordinates: xr.Dataset, more: dict[str, float]) -> xr.Datase
 
 def test_coordinate_title_names_what_grows_and_falls(coordinates: xr.Dataset) -> None:
     title = title_of(figures.coordinate_check(coordinates))
-    assert ": SP (AdamW). No growth is established: μP (transformer), Liu & Gu, gdn-mup (AdamW)." in title
+    assert ": SP (AdamW). No growth is established: original μP, Liu & Gu, gdn-mup (AdamW)." in title
     assert "fall" not in title
     title = title_of(figures.coordinate_check(with_exponents(coordinates, {"sp": -0.5, "liu_gu": -1.0})))
     assert title.startswith("No growth of a change with width") and "Liu & Gu, AdamW" in title.split("Steepest fall")[1]
@@ -463,7 +463,7 @@ def test_divergence_at_the_transferred_learning_rate_is_drawn() -> None:
     infinite = drawing.table[np.isinf(drawing.table.loss)]
     assert set(infinite.rules) == {"mup"} and set(infinite.learning_rate) == {"transferred"}
     assert sum(crosses.values()) == len(infinite) == 2
-    assert "μP (transformer) diverges" in title_of(drawing)
+    assert "original μP diverges" in title_of(drawing)
     assert any(text.get_text() == "diverges" for legend in drawing.figure.legends for text in legend.get_texts())
 
 

@@ -55,7 +55,7 @@ def batch() -> Tensor:
     return torch.randint(VOCABULARY, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(0)).to(DEVICE)
 
 
-@pytest.mark.parametrize(("growth", "tied"), [("heads", False), ("head_dim", True)])
+@pytest.mark.parametrize(("growth", "tied"), [pytest.param("heads", False, marks=pytest.mark.slow), ("head_dim", True)])
 def test_fused_operations_are_the_operations(growth: GrowthMode, tied: bool, batch: Tensor) -> None:
     model = make_model(growth, tied)
     losses, gradients = losses_and_gradients(model, batch)
@@ -72,6 +72,7 @@ def test_fused_operations_are_the_operations(growth: GrowthMode, tied: bool, bat
         torch.testing.assert_close(model.losses(batch), fused_losses)
 
 
+@pytest.mark.slow
 def test_a_member_of_nan_stays_alone(batch: Tensor) -> None:
     model = make_model("heads", tied=False)
     model.operations = FusedOperations(model, DTYPE)
@@ -83,6 +84,7 @@ def test_a_member_of_nan_stays_alone(batch: Tensor) -> None:
     assert all(torch.equal(calm[name][[0, 2]], wild[name][[0, 2]]) for name in calm)
 
 
+@pytest.mark.slow
 def test_a_member_alone_is_the_member_in_company(batch: Tensor) -> None:
     company = make_model("heads", tied=False)
     company.operations = FusedOperations(company, DTYPE)
@@ -98,6 +100,7 @@ def test_a_member_alone_is_the_member_in_company(batch: Tensor) -> None:
         assert difference <= (1e-2 if CUDA else 1e-5), (name, float(difference))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_training_with_the_fused_optimizer_is_training(optimizer: OptimizerName, batch: Tensor) -> None:
     """Three steps, clipped and with weight decay, against torch's optimizers on one slice a member and parameter."""

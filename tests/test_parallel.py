@@ -92,6 +92,7 @@ def test_losses_are_those_of_one_process(
     assert_same_but_for_rounding(job.run(*options), alone)
 
 
+@pytest.mark.slow
 def test_processes_asked_to_end_save_and_go_on_with_the_same_bits(folder: Path) -> None:
     undisturbed = Job(folder, "undisturbed", 2, "longer").run()
     job = Job(folder, "disturbed", 2, "longer")

@@ -90,6 +90,7 @@ def test_a_job_killed_at_ten_moments_gives_the_same_bits(
     xr.testing.assert_identical(job.finish(), undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["tune", "clipping"])
 def test_other_jobs_that_are_killed_give_the_same_bits(tmp_path: Path, tiny_corpus: Path, command: str) -> None:
     moments = random.Random(2)
@@ -103,6 +104,7 @@ def test_other_jobs_that_are_killed_give_the_same_bits(tmp_path: Path, tiny_corp
     xr.testing.assert_identical(job.finish(), Job(tmp_path / "undisturbed", tiny_corpus, command).finish())
 
 
+@pytest.mark.slow
 def test_a_job_that_reuses_runs_does_not_go_on_from_a_checkpoint_of_the_whole_job(
     tmp_path: Path, tiny_corpus: Path
 ) -> None:
@@ -116,7 +118,7 @@ def test_a_job_that_reuses_runs_does_not_go_on_from_a_checkpoint_of_the_whole_jo
     assert process.returncode == 0 and "checkpoint refused: of other settings" in errors, errors
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
 def test_a_job_asked_to_end_saves_and_says_how_to_go_on(
     tmp_path: Path, tiny_corpus: Path, undisturbed: xr.Dataset, name: str
 ) -> None:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import xarray as xr
 import yaml
+from command_line import gdn_mup
 from reliability import ends_as
-from test_cli import gdn_mup
 from workflow_copy import TINY, TINY_EXPERIMENT
 
 from gdn_mup.study.datasets import open_dataset, open_job, write

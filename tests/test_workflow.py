@@ -171,12 +171,6 @@ def test_notebooks_are_given_exactly_the_parameters_that_they_name(workflow: Wor
         assert passed == list(parameters(ROOT / notebook).items()), notebook
 
 
-def test_notebooks_are_kept_without_outputs():
-    for path in sorted([*(ROOT / "notebooks").glob("*.ipynb"), *(ROOT / "docs").glob("*.ipynb")]):
-        cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
-        assert cells and not any(cell.outputs or cell.execution_count for cell in cells), path.name
-
-
 def test_intervals_stay_on_one_line_in_a_table_page(tmp_path: Path):
     (tmp_path / "table.md").write_text("| slope | why |\n|---|---|\n| −0.87 [−1.01, −0.73] | it falls <b> |\n", "utf-8")
     script = ROOT / "workflow/scripts/table_page.py"
@@ -230,6 +224,7 @@ def test_published_datasets_are_redrawn_without_a_job(workflow: WorkflowCopy, st
     assert (results / "report.html").stat().st_size
 
 
+@pytest.mark.slow
 @pytest.mark.workflow
 @pytest.mark.parametrize("study", PUBLISHED)
 def test_published_datasets_are_those_of_the_kept_jobs(study: str, tmp_path: Path):
@@ -285,13 +280,3 @@ def test_one_figure_is_redrawn_by_its_name(smoke: WorkflowCopy):
     run = smoke.snakemake("--cores", "1", target)
     assert job_counts(run.stdout) == {"figure_lr_transfer": 1}, run.stdout
     assert (smoke.folder / target).read_bytes() == before
-
-
-@pytest.mark.parametrize(
-    "command",
-    [["snakemake", "--lint"], ["snakefmt", "--check", "Snakefile", "workflow"]],
-    ids=lambda command: command[0],
-)
-def test_the_workflow_is_clean(workflow: WorkflowCopy, command: list[str]):
-    run = subprocess.run([sys.executable, "-m", *command], cwd=workflow.folder, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
