@@ -103,7 +103,10 @@ def main() -> None:
 
 
 def _one_at_a_time(kind: str = "") -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Commands that make `output`, each alone. A job of a kind that another process has made meanwhile is taken as it is."""
+    """Commands that make `output`, each alone.
+
+    A job of this kind that another process has made meanwhile is taken as it is.
+    """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @wraps(command)

@@ -196,8 +196,8 @@ def _broke_off(settings: CorpusSettings, error: Exception) -> UserError:
             "use one that every file has, or leave the file out"
         )
     return UserError(
-        f"corpus.dataset: {settings.dataset}: cannot be read ({reason}); correct the file, leave it out, or read a copy "
-        "by corpus.source `files`, which looks at corpus.field alone"
+        f"corpus.dataset: {settings.dataset}: cannot be read ({reason}); correct the file, leave it out, or read "
+        "a copy by corpus.source `files`, which looks at corpus.field alone"
     )
 
 

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gdn_mup.corpus.columns import is_text, texts_of
 from gdn_mup.corpus.config import CorpusSettings
 from gdn_mup.corpus.documents import Document, take_bytes
 from gdn_mup.corpus.near_duplicates import drop_near_duplicates
 from gdn_mup.corpus.patterns import SUFFIXES, matching_files
 from gdn_mup.corpus.pypi import Wheel, fetch, package_texts
-from gdn_mup.corpus.columns import is_text, texts_of
 from gdn_mup.corpus.text import check_beginning, check_pointer, check_record, decode, read_text
 from gdn_mup.errors import MachineError, UserError
 
