@@ -28,7 +28,7 @@ from gdn_mup.corpus.sources import select
 from gdn_mup.corpus.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
 from gdn_mup.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, MachineError, UserError
 
-WORDS = "width rate gate head norm state decay loss".split()
+WORDS = ["width", "rate", "gate", "head", "norm", "state", "decay", "loss"]
 SMALL = {"vocabulary_size": 270, "validation_fraction": 0.3}
 ENGLISH = "The width of a model\nand its learning rate.\n" * 20
 GERMAN = "Größe und Übertragung der Lernrate.\n" * 20

@@ -68,7 +68,7 @@ def _take(output: Path) -> tuple[int | None, bool]:
 
 
 def _holder(lock: int) -> str:
-    """The number of the process that holds a lock, if the kernel tells: the file stays empty, for the disk may be full."""
+    """The number of the process that holds a lock, as the kernel tells it: a full disk leaves no room for it there."""
     with suppress(OSError):
         for entry in Path("/proc/locks").read_text().splitlines():
             match entry.split():

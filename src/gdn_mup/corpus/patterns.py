@@ -16,8 +16,8 @@ def matching_files(patterns: Iterable[str], root: Path) -> list[Path]:
     A folder or file whose name holds `[`, `*` or `?` may be written as it is: a part of a pattern that is the name of
     something there means that. Relative patterns start from `root`.
 
-    Raises UserError for a pattern that matches nothing, or files of other kinds than SUFFIXES, and for one that is a name and
-    matches other names too.
+    Raises UserError for a pattern that matches nothing, or files of other kinds than SUFFIXES, and for one that is a
+    name and matches other names too.
     """
     found: set[Path] = set()
     kinds = ", ".join(SUFFIXES)
@@ -56,8 +56,8 @@ def _literal(expanded: str, pattern: str, root: Path) -> str:
             if others:
                 escaped = "/".join([*parts[:i], glob.escape(part), *parts[i + 1 :]])
                 raise UserError(
-                    f"corpus.files: {pattern!r}: {part!r} is a name there, and a pattern that matches {others[0]!r} too; "
-                    f"write {escaped!r} for the name, or rename it"
+                    f"corpus.files: {pattern!r}: {part!r} is a name there, and a pattern that matches {others[0]!r} "
+                    f"too; write {escaped!r} for the name, or rename it"
                 )
             parts[i] = glob.escape(part)
         folder = folder / part

@@ -97,7 +97,7 @@ def decode(data: bytes, where: object, path: Path) -> str:
 
 
 def check_record(text: str, where: str) -> str:
-    """The text of one record, which may hold U+0000, but not mostly: that is UTF-16 or UTF-32 read as UTF-8, or padding.
+    """The text of one record, which may hold U+0000, but not mostly: that is UTF-16 read as UTF-8, or padding.
 
     Raises UserError for that, and for half a surrogate pair.
     """
@@ -147,15 +147,14 @@ def _wide_encoding(beginning: bytes) -> str | None:
             text = codecs.getincrementaldecoder(encoding)().decode(beginning)
         except UnicodeDecodeError:
             continue
-        if _is_plausible(text):
-            # Pairs of letters of another encoding may pass as ideographs, but hardly as these.
-            if any(character in _EAST_ASIAN_MARKS or character.isascii() for character in text):
-                readings[encoding] = text
+        # Pairs of letters of another encoding may pass as ideographs, but hardly as plain characters.
+        if _is_plausible(text) and _plain_characters(text):
+            readings[encoding] = text
     return max(readings, key=lambda encoding: _plain_characters(readings[encoding]), default=None)
 
 
 def _is_narrow_with_nuls(beginning: bytes) -> bool:
-    """Whether these are one-byte characters, and U+0000 among them: of UTF-16 and UTF-32 they take more of the bytes."""
+    """Whether these are one-byte characters, and U+0000 among them: UTF-16 and UTF-32 have more of it."""
     text = beginning.replace(b"\0", b"")
     return 4 * len(text) > 3 * len(beginning) and _is_plausible(text.decode(errors="ignore"))
 

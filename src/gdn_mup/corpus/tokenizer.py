@@ -13,8 +13,8 @@ END_OF_TEXT = "<|endoftext|>"
 """The token after every document. Text that happens to contain these characters does not become it."""
 
 LONGEST_WORD = 2048
-"""Bytes of a word that the vocabulary is learnt from at once. Learning takes time in proportion to them, and text without
-spaces (Chinese, DNA, padding) is one word; the longest one in 280 MB of source code has 1 864."""
+"""Bytes of a word that the vocabulary is learnt from at once. Learning takes time in proportion to them, and text
+without spaces (Chinese, DNA, padding) is one word; the longest one in 280 MB of source code has 1 864."""
 
 
 def train_tokenizer(texts: Iterable[str], settings: CorpusSettings) -> Tokenizer:

@@ -39,8 +39,8 @@ def pack(archive: Path, folder: Path | None = None) -> int:
     kernels = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     if not kernels:
         raise UserError(
-            f"--pack: {folder} holds no compiled kernels; compile some on this machine with --study, or name where they "
-            "are in TRITON_CACHE_DIR"
+            f"--pack: {folder} holds no compiled kernels; compile some on this machine with --study, or name where "
+            "they are in TRITON_CACHE_DIR"
         )
     with replacing(archive) as temporary, tarfile.open(temporary, "w:xz") as tar:
         for kernel in kernels:

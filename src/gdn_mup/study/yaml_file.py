@@ -1,8 +1,8 @@
 """YAML without surprises: what a file says is read as it stands, or not at all.
 
-YAML 1.1, which PyYAML reads by itself, takes the last of two equal keys, and `010` for 8, `1:30` for 90, `on` for true.
-Here a key stands once, and a scalar that is not written as in JSON (but for `1_000` and the floats of YAML) is text. So a
-number that two readers of YAML would read differently is refused where a number is needed.
+PyYAML by itself takes the last of two equal keys, and, as YAML 1.1 says, `010` for 8, `1:30` for 90, `on` for true.
+Here a key stands once, and a scalar that is not written as in JSON (but for `1_000` and the floats of YAML) is text. So
+a number that two readers of YAML would read differently is refused where a number is needed.
 """
 
 import re
@@ -61,6 +61,7 @@ class _Reader:
             return self._mapping(node, key)
         if isinstance(node, yaml.SequenceNode):
             return tuple(self.value(item, f"{key}[{i}]") for i, item in enumerate(node.value))
+        assert isinstance(node, yaml.ScalarNode)
         return node.value if node.style else _scalar(node.value)
 
     def _mapping(self, node: yaml.MappingNode, key: str) -> dict[str, Any]:
