@@ -1,4 +1,4 @@
-"""What is trained on is what the user meant: odd files are read right, or refused with a cure that works when pasted."""
+"""What is trained on is what the user meant: odd files are read right, or refused with a cure that can be pasted."""
 
 import json
 import os
@@ -235,11 +235,15 @@ def test_a_column_of_nothing_is_no_text(folder: Path) -> None:
     assert line.startswith("corpus: every document is blank")
 
 
-def test_jsonl_that_differs_is_no_fault_of_the_machine(folder: Path) -> None:
-    (folder / "hub").mkdir()
+def write_differing_jsonl(hub: Path) -> None:
+    hub.mkdir()
     for number, more in enumerate([{"n": 1}, {"n": {"a": [1]}}]):
         lines = [json.dumps({"text": text} | more) for text in sentences(30, number)]
-        (folder / f"hub/train-{number}.jsonl").write_text("\n".join(lines))
+        (hub / f"train-{number}.jsonl").write_text("\n".join(lines))
+
+
+def test_jsonl_that_differs_is_no_fault_of_the_machine(folder: Path) -> None:
+    write_differing_jsonl(folder / "hub")
     line = refusal(lambda: list(Stream(of_hub("hub"), folder).documents()))
     assert "read a copy by corpus.source `files`" in line
     assert len(texts(folder, "hub/*.jsonl")) == 60  # as it says
@@ -383,6 +387,33 @@ def test_a_signal_is_heard_while_the_tokenizer_works(folder: Path, stage: str) -
     assert time.monotonic() - sent < 10
     assert build.returncode == EXIT_INTERRUPTED and errors.endswith("ended by SIGTERM; run the same command again\n")
     assert not [*folder.glob("out/*"), *folder.glob("out/.*")]
+
+
+# ---- the page ----
+
+
+def test_lines_of_the_page(folder: Path) -> None:
+    def raised(*patterns: str) -> UserError:
+        with pytest.raises(UserError) as caught:
+            texts(folder, *patterns)
+        return caught.value
+
+    (folder / "wide.txt").write_bytes(ENGLISH.encode("utf-16-le"))
+    is_said_as(raised("wide.txt"), "a file in UTF-16 or UTF-32")
+    (folder / "padded.txt").write_bytes(b"a log" + bytes(100))
+    is_said_as(raised("padded.txt"), "a file of NULs")
+    (folder / "pointer.txt").write_bytes(POINTER)
+    is_said_as(raised("pointer.txt"), "a pointer in place of a text")
+    write_parquet(folder / "bad.parquet", text=bad_bytes())
+    is_said_as(raised("bad.parquet"), "a row that is not UTF-8")
+    for name in ("hub [v2]", "hub v"):
+        (folder / name).mkdir()
+        (folder / name / "a.txt").write_text(name)
+    is_said_as(raised("hub [v2]/*.txt"), "a name that is a pattern")
+    write_differing_jsonl(folder / "hub")
+    with pytest.raises(UserError) as caught:
+        list(Stream(of_hub("hub"), folder).documents())
+    is_said_as(caught.value, "a dataset whose files do not fit together")
 
 
 # ---- anything at all ----

@@ -41,7 +41,8 @@ def read_yaml(path: Path) -> Any:
         node = yaml.compose(path.read_text(encoding="utf-8"), Loader=_Loader)
         return _Reader(path).value(node, "") if node is not None else None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        reason = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(str(error).split()))
+        raise UserError(f"{path}: not valid YAML: {reason}") from None
 
 
 class _Reader:
