@@ -104,5 +104,7 @@ for _ in range(40):
 """
     command = [sys.executable, "-c", code, str(tmp_path / "output")]
     processes = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(4)]
-    assert [process.wait(timeout=100) for process in processes] == [0] * 4, [p.stderr and p.stderr.read() for p in processes]
+    assert [(process.wait(timeout=100), process.stderr and process.stderr.read()) for process in processes] == [
+        (0, "")
+    ] * 4
     assert list(tmp_path.iterdir()) == []

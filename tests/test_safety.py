@@ -161,9 +161,7 @@ def test_a_name_that_snakemake_reads_as_another(published: WorkflowCopy) -> None
     (studies / "2026_11.yaml").write_text((studies / "smoke.yaml").read_text())
 
     def refused(*arguments: str) -> None:
-        ends_as(
-            last_error(published.snakemake("-n", *arguments)), "a study's name that Snakemake reads as another"
-        )
+        ends_as(last_error(published.snakemake("-n", *arguments)), "a study's name that Snakemake reads as another")
 
     refused("--config", "study=2026_11")
     refused("results/2026_11/report.html")
@@ -196,9 +194,7 @@ def test_a_home_that_is_none(published: WorkflowCopy, monkeypatch: pytest.Monkey
         [*command[:3], "-n", *PUBLISHED, FIGURE], cwd=published.folder, env=environment, capture_output=True, text=True
     )
     (line,) = [line for line in run.stderr.splitlines() if line.startswith("NotADirectoryError")]
-    ends_as(
-        subprocess.CompletedProcess([], run.returncode, "", line), "a home folder that is none, through Snakemake"
-    )
+    ends_as(subprocess.CompletedProcess([], run.returncode, "", line), "a home folder that is none, through Snakemake")
 
 
 def test_a_driver_that_hangs_is_named_before_anything_runs(published: WorkflowCopy, tmp_path: Path) -> None:

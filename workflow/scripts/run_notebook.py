@@ -1,8 +1,8 @@
 """Run a notebook with parameters: `python run_notebook.py NOTEBOOK EXECUTED name=value ...`.
 
-This is `papermill NOTEBOOK EXECUTED -p name value ...` with what papermill's command line cannot do: the kernel is this
-Python, whatever kernels a user has installed; it is reached through Unix sockets, because kernels that start at the same
-moment race for TCP ports; and a user's settings and start-up files have no say in a figure.
+This is `papermill NOTEBOOK EXECUTED -p name value ...` with what papermill's command line cannot do: the kernel is
+this Python, whatever kernels a user has installed; it is reached through Unix sockets, since kernels that start at the
+same moment race for TCP ports; and a user's settings and start-up files have no say in a figure.
 """
 
 import json
@@ -73,7 +73,7 @@ def scratch_folder() -> Iterator[Path]:
 
 
 def raised(error: Exception, notebook: str) -> Exception:
-    """Whose fault it is: what a cell raised, of which papermill knows names and texts, and what became of the kernel."""
+    """Whose fault it is: what a cell raised, of which papermill knows name and text, or what became of the kernel."""
     name, text = getattr(error, "ename", ""), getattr(error, "evalue", "")
     if name in ("UserError", "MachineError"):
         return getattr(errors, name)(text)
@@ -85,15 +85,17 @@ def raised(error: Exception, notebook: str) -> Exception:
         return of_cell(error, name, text, notebook)
     if type(error).__name__ == "DeadKernelError":
         return errors.MachineError(
-            f"{notebook}: its kernel was ended from outside, as Linux does where memory runs out; make room there, then "
-            "run the same command again"
+            f"{notebook}: its kernel was ended from outside, as Linux does where memory runs out; make room there, "
+            "then run the same command again"
         )
     if "Kernel died before replying" in str(error):
         return errors.MachineError(
             f"{notebook}: its kernel does not start; see what `{sys.executable} -m ipykernel --version` says"
         )
     if type(error).__name__ == "NotJSONError":
-        return errors.UserError(f"{notebook}: not a notebook ({' '.join(str(error).split())[:80]}); take it back from git")
+        return errors.UserError(
+            f"{notebook}: not a notebook ({' '.join(str(error).split())[:80]}); take it back from git"
+        )
     return error
 
 

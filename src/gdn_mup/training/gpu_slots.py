@@ -58,8 +58,8 @@ def usable_gpus() -> list[Gpu]:
     """The GPUs that jobs of this process may have: those in CUDA_VISIBLE_DEVICES, or all that are new enough.
 
     Without an NVIDIA driver there are none, whatever CUDA_VISIBLE_DEVICES says. An index there is taken to be the
-    driver's, which is CUDA's own on machines whose GPUs are alike. A GPU that MIG has divided is none, as for CUDA: under
-    its own index or UUID it is its first part.
+    driver's, which is CUDA's own on machines whose GPUs are alike. A GPU that MIG has divided is none, as for CUDA:
+    under its own index or UUID it is its first part.
 
     Raises:
         MachineError: nvidia-smi does not answer.
@@ -110,8 +110,8 @@ def take_gpus(count: int = 1) -> list[int]:
         whole = sum(not gpu.is_part for gpu in gpus)
         if whole < count:
             raise UserError(
-                f"--device: {count} GPUs are asked for, and this process may use {whole} beside parts of GPUs (MIG), which "
-                "cannot train one job together; use --device cuda, one part for each job"
+                f"--device: {count} GPUs are asked for, and this process may use {whole} beside parts of GPUs (MIG), "
+                "which cannot train one job together; use --device cuda, one part for each job"
             )
         gpus = [gpu for gpu in gpus if not gpu.is_part]
     if len(gpus) < count:
@@ -169,8 +169,8 @@ def _nvidia_smi(*arguments: str) -> str:
     except subprocess.TimeoutExpired:
         os.killpg(asked.pid, signal.SIGKILL)
         raise MachineError(
-            f"nvidia-smi: no answer in {SECONDS_TO_ANSWER} seconds; see to the GPU's driver, or train on the CPU: --device "
-            "cpu, or device=cpu in Snakemake's --config"
+            f"nvidia-smi: no answer in {SECONDS_TO_ANSWER} seconds; see to the GPU's driver, or train on the CPU: "
+            "--device cpu, or device=cpu in Snakemake's --config"
         ) from None
     return printed if asked.returncode == 0 else ""
 
