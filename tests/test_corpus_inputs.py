@@ -178,6 +178,8 @@ def test_pointers_in_a_folder_of_a_dataset(folder: Path, suffix: str) -> None:
 def test_other_formats_are_named(folder: Path, start: bytes) -> None:
     (folder / "a.txt").write_bytes(start + bytes(range(256)))
     assert ", not text; unpack or convert it" in refusal(lambda: texts(folder, "*.txt"))
+    (folder / "a.txt").write_text(text := "PAR1 is how a file of Parquet begins")
+    assert texts(folder, "*.txt") == {text}
 
 
 # ---- columns ----
@@ -198,6 +200,28 @@ def test_bytes_that_are_not_text_are_refused_with_their_row(folder: Path) -> Non
     said = "column 'text' is not UTF-8 (byte 0xe9 at 3), as text in Parquet must be; write it again"
     assert f"{folder}/hub/train.parquet:51: {said}" in refusal(lambda: texts(folder, "hub/*.parquet"))
     assert f"hub: row 51: {said}" in refusal(lambda: list(Stream(of_hub("hub"), folder).documents()))
+
+
+@pytest.mark.parametrize("compression", ["snappy", "zstd", "gzip", "none"])
+def test_a_file_that_is_damaged_stays_damaged(folder: Path, compression: str) -> None:
+    """Whatever is said of it, no retry helps."""
+    (folder / "hub").mkdir()
+    path, chosen = folder / "hub/train.parquet", random.Random(0)
+    pyarrow.parquet.write_table(pyarrow.table({"text": sentences(900)}), path, compression=compression)
+    whole = path.read_bytes()
+    refused = 0
+    for attempt in range(12):
+        data = bytearray(whole)
+        for _ in range(20):
+            data[chosen.randrange(len(data))] ^= chosen.randrange(1, 256)
+        path.write_bytes(data if attempt % 3 else whole[: chosen.randrange(len(whole))])
+        for read in (lambda: texts(folder, "hub/*"), lambda: list(Stream(of_hub("hub"), folder).documents())):
+            try:
+                read()
+            except UserError:
+                refusal(read)
+                refused += 1
+    assert refused > 12
 
 
 NULLS = pyarrow.nulls(30)

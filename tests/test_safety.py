@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -61,9 +62,6 @@ def wants(copy: WorkflowCopy) -> bool:
 
 def kill_kernel_of(snakemake: "subprocess.Popen[str]") -> None:
     """SIGKILL to the first kernel that Snakemake's job starts, when it has begun."""
-
-    def children(pid: int) -> list[int]:
-        return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
     for _ in range(600):
         waiting = [snakemake.pid]
@@ -186,15 +184,13 @@ def test_sdm_conda(published: WorkflowCopy) -> None:
 def test_a_home_that_is_none(published: WorkflowCopy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/dev/null/home")
     assert published.planned(*PUBLISHED, FIGURE) == {}  # with XDG_CACHE_HOME
-    start = published.start
-    monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if k != "XDG_CACHE_HOME"})
-    environment = os.environ | {"HOME": "/dev/null/home"}
-    command = start("--version", stdout=subprocess.DEVNULL).args
-    run = subprocess.run(
-        [*command[:3], "-n", *PUBLISHED, FIGURE], cwd=published.folder, env=environment, capture_output=True, text=True
-    )
-    (line,) = [line for line in run.stderr.splitlines() if line.startswith("NotADirectoryError")]
-    ends_as(subprocess.CompletedProcess([], run.returncode, "", line), "a home folder that is none, through Snakemake")
+    command = [sys.executable, "-m", "snakemake", "--nocolor", "-n", *PUBLISHED, FIGURE]
+    environment = {name: value for name, value in os.environ.items() if name != "XDG_CACHE_HOME"}
+    options = {"cwd": published.folder, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    run = subprocess.run(command, text=True, timeout=100, **options)
+    (line,) = [line for line in run.stdout.splitlines() if line.startswith("NotADirectoryError")]
+    done = subprocess.CompletedProcess([], run.returncode, "", line)
+    ends_as(done, "a home folder that is none, through Snakemake")
 
 
 def test_a_driver_that_hangs_is_named_before_anything_runs(published: WorkflowCopy, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Columns of Arrow tables that hold text."""
 
+import traceback
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,17 @@ def is_text(kind: "pyarrow.DataType") -> bool:
     if types.is_dictionary(kind):
         kind = kind.value_type
     return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
+
+
+def is_damage(error: BaseException) -> bool:
+    """Whether Arrow says so of a file's content, by an OSError too, which then is its own and has no number."""
+    import pyarrow
+
+    *_, (innermost, _) = [(None, 0), *traceback.walk_tb(error.__traceback__)]
+    raised_by = innermost.f_globals.get("__name__", "") if innermost else ""
+    return isinstance(error, pyarrow.ArrowInvalid) or (
+        type(error) is OSError and error.errno is None and raised_by.startswith("pyarrow")
+    )
 
 
 def texts_of(

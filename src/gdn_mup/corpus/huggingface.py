@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gdn_mup.corpus.background import prefetch
-from gdn_mup.corpus.columns import is_text, texts_of
+from gdn_mup.corpus.columns import is_damage, is_text, texts_of
 from gdn_mup.corpus.config import CorpusSettings
 from gdn_mup.corpus.documents import Document
 from gdn_mup.corpus.text import check_beginning, check_pointer
@@ -208,6 +208,8 @@ def _is_passing(error: BaseException | None) -> bool:
         if isinstance(status, int):
             return status >= 500 or status in (408, 429)
         if isinstance(error, FileNotFoundError):  # the hub has no such dataset
+            return False
+        if is_damage(error):
             return False
         if isinstance(error, OSError | MemoryError) or type(error).__module__.split(".")[0] in _NETWORK:
             return True

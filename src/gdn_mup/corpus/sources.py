@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gdn_mup.corpus.columns import is_text, texts_of
+from gdn_mup.corpus.columns import is_damage, is_text, texts_of
 from gdn_mup.corpus.config import CorpusSettings
 from gdn_mup.corpus.documents import Document, take_bytes
 from gdn_mup.corpus.near_duplicates import drop_near_duplicates
@@ -203,7 +203,9 @@ def _read_parquet(path: Path, field: str) -> Iterator[tuple[str, str]]:
                     row += 1
                     if text is not None:
                         yield f"{path}:{row}", text
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        if not is_damage(error):
+            raise
         raise UserError(
             f"{path}: not a whole Parquet file ({' '.join(str(error).split())}); write it again, "
             "or narrow corpus.files so that it does not match"

@@ -61,7 +61,7 @@ def check_beginning(path: Path, beginning: bytes | None = None) -> None:
             beginning = file.read(BEGINNING)
     check_pointer(path, beginning)
     for magic, name in _OTHER_FORMATS.items():
-        if beginning.startswith(magic) and (len(magic) > 3 or not _is_utf8(beginning)):
+        if beginning.startswith(magic) and not _is_utf8(beginning):
             raise UserError(f"{path}: {name}, not text; unpack or convert it, {_NARROW}")
     encoding = _wide_encoding(beginning)
     if encoding is not None:
