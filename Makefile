@@ -2,8 +2,10 @@
 STUDY ?= laptop
 PYTHON ?=
 
-# Commands of the environment come first in every recipe.
-export PATH := $(CURDIR)/.venv/bin:$(PATH)
+# Commands of the environment come first in every recipe. Recipes name the folder by the variable, never by its text, which
+# may hold quotes.
+export VENV_BIN := $(CURDIR)/.venv/bin
+export PATH := $(VENV_BIN):$(PATH)
 SHELL := /bin/bash
 INSTALLED := .venv/.installed
 
@@ -39,7 +41,7 @@ INSTALL := python -m pip install --quiet --disable-pip-version-check --no-compil
 
 # The interpreter: PYTHON if given, else python3, else the newest one that Snakemake 9 and the lock allow.
 $(INSTALLED): requirements.lock requirements-peers.txt pyproject.toml
-	@PATH="$${PATH#$(CURDIR)/.venv/bin:}"; \
+	@PATH="$${PATH#"$$VENV_BIN":}"; \
 	suitable='import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))'; \
 	for candidate in $(or $(PYTHON),.venv/bin/python python3 python3.14 python3.13 python3.12 python3.11); do \
 	    if "$$candidate" -c "$$suitable" >/dev/null 2>&1; then python="$$candidate"; break; fi; \

@@ -22,10 +22,11 @@ include: "workflow/rules/published.smk" if PUBLISHED else "workflow/rules/datase
 include: "workflow/rules/figures.smk"
 include: "workflow/rules/tables.smk"
 include: "workflow/rules/report.smk"
+include: "workflow/rules/safety.smk"
 
 
 rule all:
     default_target: True
     input:
-        get_products(config["study"]),
-        f"results/{config['study']}/report.html",
+        get_products(STUDY),
+        f"results/{STUDY}/report.html",

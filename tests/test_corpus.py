@@ -200,7 +200,7 @@ def test_messages_about_patterns(tmp_path: Path) -> None:
 
     assert of("nothing/*.txt") == (
         f"corpus.files: 'nothing/*.txt': matches no file in {tmp_path}; correct the pattern "
-        "(`**` descends, `~` is your home)"
+        "(`**` descends, `~` is your home, `[[]` a bracket)"
     )
     assert "matches only directories; write e.g. texts/**/*.txt" in of("texts")
     wrong_kind = of("texts/*")
@@ -219,7 +219,7 @@ def test_messages_about_patterns(tmp_path: Path) -> None:
         (b'{"body": "x", "id": 1}', "no field 'text'; set corpus.field to one that is there: 'body', 'id'"),
         (b'{"text": 3}', "field 'text' is int, not text; set corpus.field"),
         (b'{"text": "\\ud83d"}', "field 'text' holds half a surrogate pair (\\ud83d), which is no character"),
-        (b'{"text": "caf\xe9"}', "not UTF-8 (byte 0xe9 at 13); convert it, e.g. `iconv"),
+        (b'{"text": "caf\xe9"}', "not UTF-8 (byte 0xe9 at 13); if it is Western European text, convert it: `iconv"),
     ],
 )
 def test_messages_about_lines_of_jsonl(tmp_path: Path, line: bytes, expected: str) -> None:
@@ -233,9 +233,9 @@ def test_messages_about_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"body": ["x"], "n": [1]}), path)
     missing = message(documents, from_files("*.parquet"), tmp_path)
-    assert missing == f"{path}: no column 'text'; set corpus.field to one that is there: 'body', 'n'"
+    assert missing == f"{path}: no column 'text'; set corpus.field to one that holds text: 'body'"
     numbers = message(documents, from_files("*.parquet", field="n"), tmp_path)
-    assert numbers == f"{path}: column 'n' is int64, not text; set corpus.field to one that is: 'body', 'n'"
+    assert numbers == f"{path}: column 'n' is int64, not text; set corpus.field to one that is: 'body'"
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert "needs pyarrow; `pip install pyarrow`" in message(documents, from_files("*.parquet"), tmp_path)
     monkeypatch.undo()
@@ -249,7 +249,10 @@ def test_messages_about_files_that_are_not_utf8_or_not_readable(
     path = tmp_path / "a.txt"
     path.write_bytes("naïve".encode("latin1"))
     text = message(documents, from_files("*.txt"), tmp_path)
-    assert text.startswith(f"{path}: not UTF-8 (byte 0xef at 2)") and "iconv -f latin1 -t utf-8" in text
+    assert (
+        text.startswith(f"{path}: not UTF-8 (byte 0xef at 2)")
+        and f"`iconv -f WINDOWS-1252 -t UTF-8 {path} > {path}.new && mv {path}.new {path}`" in text
+    )
 
     def denied(self: Path) -> bytes:
         raise PermissionError(13, "Permission denied")

@@ -14,10 +14,10 @@ import pytest
 from reliability import is_said_as
 
 from gdn_mup.corpus import huggingface, streaming
+from gdn_mup.corpus.background import prefetch
 from gdn_mup.corpus.build import build_corpus
 from gdn_mup.corpus.config import CorpusSettings
 from gdn_mup.corpus.documents import is_validation
-from gdn_mup.corpus.encoding import prefetch
 from gdn_mup.corpus.huggingface import Stream, resolved_commit
 from gdn_mup.corpus.tokenizer import END_OF_TEXT, load_tokenizer
 from gdn_mup.corpus.tokens import TokenFile

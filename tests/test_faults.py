@@ -153,6 +153,14 @@ def other_tokens(place: Place, first: int) -> None:
     sidecar.write_text(json.dumps(record))
 
 
+def other_settings(place: Place, **settings: object) -> None:
+    """Let the corpus be one that another corpus section asks for."""
+    for sidecar in (place.corpus / "train.json", place.corpus / "validation.json"):
+        record = json.loads(sidecar.read_text())
+        record["settings"] |= settings
+        sidecar.write_text(json.dumps(record))
+
+
 def append(path: Path, data: bytes) -> None:
     path.write_bytes(path.read_bytes() + data)
 
@@ -169,6 +177,7 @@ BAD_CORPORA: dict[str, Callable[[Place], object]] = {
     "a token file that was cut off": lambda place: append(place.corpus / "validation.tokens", b"x"),
     "a token id beyond the vocabulary": lambda place: other_tokens(place, 300),
     "a tokenizer that was changed": lambda place: flip(place.corpus / "tokenizer.json"),
+    "the corpus of another study": lambda place: other_settings(place, vocabulary_size=320),
     "a corpus shorter than one context": lambda place: place.change(training={"context_length": 999_999}),
     "a model that is not finite before it trains": lambda place: place.change(
         model={"initial_scale": {"hidden": 1e30}}

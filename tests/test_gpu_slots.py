@@ -1,5 +1,6 @@
 """Jobs of one machine never share a GPU and never lose one, whatever kills them. The GPUs are a stub driver's."""
 
+import json
 import os
 import random
 import re
@@ -11,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from reliability import is_said_as
 from workflow_copy import ROOT, TINY, TINY_EXPERIMENT, WorkflowCopy
 
-from gdn_mup.errors import UserError
+from gdn_mup.errors import MachineError, UserError
+from gdn_mup.training import gpu_slots
 from gdn_mup.training.gpu_slots import FOLDER_VARIABLE, free_gpus, take_gpus, usable_gpus
 
 PROCESSES, GPUS, JOBS = 8, 4, 60
@@ -115,7 +118,8 @@ def test_eight_processes_share_four_gpus_whoever_is_killed(tmp_path: Path) -> No
 
 @pytest.mark.usefixtures("four_gpus")
 def test_a_job_waits_for_a_gpu_and_says_so(tmp_path: Path, corpus_folder: Path) -> None:
-    (tmp_path / "study.yaml").write_text(yaml.safe_dump(STUDY))
+    study = STUDY | {"corpus": json.loads((corpus_folder / "train.json").read_text())["settings"]}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
     job = ["--growth", "heads", "--optimizer", "adamw", "--width", "16", "--seed", "0", "--device", "cuda"]
     files = ["--study", tmp_path / "study.yaml", "--corpus", corpus_folder, "--output", tmp_path / "job.nc"]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "2"}  # the stub's, so that no real GPU is seen
@@ -149,7 +153,8 @@ def test_several_gpus_are_taken_together_or_not_at_all() -> None:
         ("2,0", ["2", "0"]),
         (" 1 , 1,3", ["1", "3"]),
         (f"{UUIDS[3]},GPU-1", [UUIDS[3], "GPU-1"]),
-        ("MIG-GPU-1234/7/0", ["MIG-GPU-1234/7/0"]),
+        ("MIG-GPU-1234/7/0", []),
+        ("2,GPU-none,1", ["2"]),
         ("1,-1,2", ["1"]),
         ("0,9,1", ["0"]),
         ("", []),
@@ -176,6 +181,56 @@ def test_a_gpu_has_one_slot_by_all_its_names(monkeypatch: pytest.MonkeyPatch) ->
 def test_gpus_that_are_too_old_are_left_out_and_parts_are_gpus(driver: Driver) -> None:
     driver(("7.5", ()), ("9.0", ("MIG-a", "MIG-b")), ("[N/A]", ()))
     assert devices() == ["MIG-a", "MIG-b", UUIDS[2]]
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [
+        ("0", ["MIG-a"]),  # as CUDA: of a GPU that is divided, its first part
+        (f"{UUIDS[0]},1", ["MIG-a", "1"]),
+        ("MIG-b,MIG-a", ["MIG-b", "MIG-a"]),
+        ("MIG-a,0", ["MIG-a"]),
+        ("MIG-c", []),
+    ],
+)
+def test_parts_by_name(driver: Driver, monkeypatch: pytest.MonkeyPatch, visible: str, expected: list[str]) -> None:
+    driver(("9.0", ("MIG-a", "MIG-b")), ("9.0", ()))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert devices() == expected
+
+
+def test_parts_train_no_job_together(driver: Driver) -> None:
+    driver(("9.0", ("MIG-a", "MIG-b")), ("9.0", ()))
+    with pytest.raises(UserError) as caught:
+        take_gpus(2)
+    is_said_as(caught.value, "parts of GPUs for one job")
+    slots = take_gpus()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "MIG-a"
+    free_gpus(slots)
+
+
+def test_an_index_is_no_gpu_without_a_driver(driver: Driver, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    driver()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert devices() == [] and take_gpus() == []
+    (tmp_path / "gpus").mkdir()
+    (tmp_path / "gpus/0000:01:00.0").touch()  # a container without nvidia-smi, but with the driver
+    monkeypatch.setattr(gpu_slots, "DRIVER_FILES", (f"{tmp_path}/gpus/*",))
+    assert devices() == ["0"]
+
+
+@pytest.mark.parametrize("hangs", ["sleep 60", "sleep 60 & wait", "trap '' TERM; sleep 60"])
+def test_a_driver_that_hangs_is_named(
+    tmp_path: Path, driver: Driver, monkeypatch: pytest.MonkeyPatch, hangs: str
+) -> None:
+    driver()
+    (tmp_path / "bin/nvidia-smi").write_text(f"#!/bin/sh\n{hangs}\n")
+    monkeypatch.setattr(gpu_slots, "SECONDS_TO_ANSWER", 1)
+    start = time.monotonic()
+    with pytest.raises(MachineError) as caught:
+        usable_gpus()
+    assert time.monotonic() - start < 10
+    is_said_as(caught.value, "a GPU's driver that hangs")
 
 
 def test_a_machine_without_gpus_has_no_slots(driver: Driver, tmp_path: Path) -> None:

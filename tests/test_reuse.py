@@ -175,6 +175,10 @@ def test_runs_of_other_settings_are_refused(coarse: Study, fine: Study, from_els
     assert gdn_mup("corpus", "--study", other.path, "--output", corpus).returncode == 0
     refuses(other, "corpus.maximum_bytes: 300000 is not this job's 250000:")
     sha256 = open_job(from_elsewhere, "lr_sweep").attrs["corpus_sha256"]
+    for sidecar in (corpus / "train.json", corpus / "validation.json"):  # the same settings, but another text
+        facts = json.loads(sidecar.read_text())
+        facts["settings"]["maximum_bytes"] = TINY["corpus"]["maximum_bytes"]
+        sidecar.write_text(json.dumps(facts))
     refuses(fine._replace(corpus=corpus), f"corpus_sha256: {sha256} is not this job's")
 
 

@@ -1,8 +1,11 @@
 """The command line: what the workflow's rules call, and what works by hand."""
 
+import io
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -12,6 +15,7 @@ from gdn_mup import __version__
 from gdn_mup.checks import commands
 from gdn_mup.errors import TRACEBACK, MachineError, UserError, end
 from gdn_mup.interrupt import raised_signals
+from gdn_mup.output_lock import alone_at
 
 if TYPE_CHECKING:  # torch and xarray take seconds to import: only the commands that train pay for them
     import pandas as pd
@@ -39,6 +43,8 @@ app = typer.Typer(
     "A command that fails says why in one line. Its exit code is 2 (bad input), 3 (the machine: disk, memory, GPU, "
     f"network) or 75 (interrupted: run it again); {TRACEBACK}=1 adds the traceback.",
 )
+
+logger = logging.getLogger(__name__)
 
 # Kinds of jobs; a coordinate check measures in float32, sizes as small as a gate's gradient.
 TRAINED_BY_KERNELS = ("lr_sweep", "clipping", "tuning")
@@ -83,6 +89,10 @@ Device = Annotated[
 
 def main() -> None:
     """Run the command line. What fails is one line on standard error, with the exit codes of docs/reliability.md."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # Greek letters and × on a terminal that has none
+    os.environ["MPLBACKEND"] = "agg"  # figures are files here, whatever backend the user has for windows
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         with raised_signals():
@@ -90,6 +100,28 @@ def main() -> None:
     except BaseException as error:
         end(error)
         raise
+
+
+def _one_at_a_time(kind: str = "") -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Commands that make `output`, each alone.
+
+    A job of this kind that another process has made meanwhile is taken as it is.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def run(**arguments: Any) -> None:
+            if os.environ.get("RANK", "0") != "0":  # of several processes that make it together the first one has it
+                return command(**arguments)
+            with alone_at(arguments["output"]) as made:
+                if made and kind and "RANK" not in os.environ and _is_job(kind, **arguments):
+                    logger.info("%s: another process has just made it, by the same settings", arguments["output"])
+                else:
+                    command(**arguments)
+
+        return run
+
+    return decorate
 
 
 @app.callback(invoke_without_command=True)
@@ -182,6 +214,7 @@ def rules(
 
 
 @app.command()
+@_one_at_a_time()
 def corpus(
     study: StudyFile,
     output: Annotated[Path, typer.Option(help="Folder for tokenizer, tokens and their sidecars.")],
@@ -194,6 +227,7 @@ def corpus(
 
 
 @app.command()
+@_one_at_a_time()
 def fetch(
     study: StudyFile,
     output: Annotated[Path, typer.Option(help="Folder for the packages and packages.json.")],
@@ -209,6 +243,7 @@ def fetch(
 
 
 @app.command()
+@_one_at_a_time("lr_sweep")
 def sweep(
     study: StudyFile,
     corpus: CorpusFolder,
@@ -233,6 +268,7 @@ def sweep(
 
 
 @app.command()
+@_one_at_a_time("tuning")
 def tune(
     study: StudyFile,
     corpus: CorpusFolder,
@@ -263,6 +299,7 @@ def tune(
 
 
 @app.command()
+@_one_at_a_time("coordinates")
 def coordinates(
     study: StudyFile,
     corpus: CorpusFolder,
@@ -305,6 +342,7 @@ def coordinates(
 
 
 @app.command()
+@_one_at_a_time("multiplier")
 def multiplier(
     study: StudyFile,
     corpus: CorpusFolder,
@@ -359,6 +397,7 @@ def multiplier(
 
 
 @app.command()
+@_one_at_a_time("clipping")
 def clipping(
     study: StudyFile,
     corpus: CorpusFolder,
@@ -444,6 +483,7 @@ def warm_up(
 
 
 @app.command()
+@_one_at_a_time()
 def collect(
     study: StudyFile,
     kind: Annotated[str, typer.Option(help="`lr_sweep`, `coordinates`, `multiplier`, `clipping` or `tuning`.")],
@@ -521,6 +561,23 @@ def _planned(study: Path, kind: str, growth: str, optimizer: str, width: int, se
     return _Planned(loaded, job, experiment, loaded.training_of(experiment), loaded.settings_of(job))
 
 
+def _is_job(
+    kind: str, study: Path, corpus: Path, growth: str, optimizer: str, width: int, seed: int, output: Path, **_: Any
+) -> bool:
+    """Whether a file is that of this job, trained on this corpus."""
+    from gdn_mup.corpus.tokens import open_corpus
+    from gdn_mup.study.datasets import open_job
+    from gdn_mup.study.plan import settings_hash
+
+    planned = _planned(study, kind, growth, optimizer, width, seed)
+    try:
+        found = open_job(output, kind).attrs  # type: ignore[arg-type]
+    except UserError:
+        return False
+    facts = (settings_hash(planned.settings), open_corpus(corpus)[0].sha256)
+    return (found["settings_hash"], found.get("corpus_sha256")) == facts
+
+
 class _Ready(NamedTuple):
     """What a job needs before it trains."""
 
@@ -555,6 +612,8 @@ def _prepare(
     study, job, experiment, training, _ = planned
     wanted = parse_device(device)
     tokens, validation = open_corpus(corpus)
+    for part in (tokens, validation):
+        part.check_settings(study.corpus)
     taken, left = _take_over(planned, tokens, reuse)
     if not left:
         wanted = parse_device("cpu")  # nothing trains, and no GPU is taken
@@ -625,8 +684,6 @@ def _take_over(planned: _Planned, tokens: Any, files: Sequence[Path]) -> tuple[l
 
 def _use_cuda(device: str, processes: "Processes") -> bool:
     """Whether to train on a GPU; if so, the first process holds one for each from here on, and CUDA sees no others."""
-    import os
-
     import torch
 
     from gdn_mup.training.gpu_slots import OLDEST_GPU, free_gpus, take_gpus

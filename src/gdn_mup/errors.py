@@ -6,6 +6,7 @@ The rest of the package raises what fits where it fails; `ending` is the one pla
 import errno
 import os
 import sys
+import threading
 import traceback
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +17,8 @@ EXIT_MACHINE = 3
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, try again
 
 TRACEBACK = "GDN_MUP_TRACEBACK"  # set to anything, this environment variable adds the traceback
+BACKGROUND = "gdn-mup: a library's work"  # the name of daemon threads that a process does not wait for
+LAST_LINE = "GDN_MUP_LAST_LINE"  # the number of an open file for the last line, should standard error take none
 
 
 class UserError(Exception):
@@ -72,11 +75,20 @@ def end(error: BaseException) -> None:
     how = ending(error)
     if how is None:
         return
-    with suppress(OSError):  # a log on the full disk
+    try:
         if os.environ.get(TRACEBACK):
             error.__suppress_context__ = False  # also of what was turned into a line before
             traceback.print_exception(error)
-        print(how.line, file=sys.stderr)
+        print(how.line, file=sys.stderr, flush=True)
+    except OSError:  # a log on the full disk
+        with suppress(OSError, ValueError):
+            os.write(int(os.environ.get(LAST_LINE, "")), f"{how.line}\n".encode(errors="replace"))
+    if isinstance(error, Interrupted) and any(thread.name == BACKGROUND for thread in threading.enumerate()):
+        # A library still computes in a thread of its own, for minutes perhaps, and would end a Python that is being
+        # taken down under it by SIGABRT. What was to be put in order has been, on the way here.
+        with suppress(OSError):
+            sys.stdout.flush()
+        os._exit(how.exit_code)
     sys.exit(how.exit_code)
 
 
@@ -95,6 +107,8 @@ def _complaint(error: BaseException) -> str | None:
     """What the machine has to say, with a cure."""
     kind, said = type(error).__name__, " ".join(str(error).split())
     if isinstance(error, OSError):
+        if "No usable temporary directory" in said:
+            return f"{' '.join(str(error.strerror).split())}; name a folder that can be written in TMPDIR"
         cure = _CURES.get(error.errno or 0, "see to it, then run the same command again")
         what = os.strerror(error.errno) if error.errno else said or kind
         return f"{error.filename}: {what}; {cure}" if error.filename else f"{what}; {cure}"

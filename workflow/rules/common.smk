@@ -1,10 +1,15 @@
 # Everything in Python that the rules need: what a study asks for, and the settings that each job depends on.
 import glob
 import os
+import re
 import sys
 from functools import cache
+from pathlib import Path
 from typing import NoReturn, get_args
 
+from snakemake.cli import parse_config
+
+from gdn_mup.corpus.patterns import matching_files
 from gdn_mup.errors import UserError, end
 from gdn_mup.model.config import GrowthMode
 from gdn_mup.study.plan import Job, Study, load_study
@@ -23,8 +28,11 @@ KINDS = ("lr_sweep", "coordinates", "multiplier", "tuning", "clipping")  # of ex
 EVIDENCE = tuple(kind for kind in KINDS if kind != "clipping")  # what the claims are judged on
 
 
+STUDY_NAME = r"[A-Za-z0-9_-]+"
+
+
 wildcard_constraints:
-    study=r"[A-Za-z0-9_-]+",
+    study=STUDY_NAME,
     growth="|".join(get_args(GrowthMode)),
     optimizer="|".join(get_args(OptimizerName)),
     width=r"\d+",
@@ -34,10 +42,20 @@ wildcard_constraints:
 @cache
 def get_study(name: str) -> Study:
     """The study of that name; its file's first mistake, as one line, ends the run."""
+    path = f"config/studies/{name}.yaml"
+    if not re.fullmatch(STUDY_NAME, name):
+        stop(UserError(f"{path}: a study's name is of letters, digits, `-` and `_`; rename the file"))
+    if (read := str(get_value(name))) != name:
+        stop(UserError(f"{path}: Snakemake reads this name as {read}; rename the file, e.g. study_{name}.yaml"))
     try:
-        return load_study(f"config/studies/{name}.yaml")
+        return load_study(path)
     except (UserError, OSError) as error:
         stop(error)
+
+
+def get_value(text: str):
+    """What Snakemake takes for the value in `--config study=text`: numbers and truth values where it can."""
+    return parse_config([f"study={text}"])["study"]
 
 
 def stop(error: Exception) -> NoReturn:
@@ -50,9 +68,10 @@ def get_corpus_files(wildcards) -> list[str]:
     """What a corpus is made of: the user's own documents, or the packages. When one changes, it is built again."""
     if get_study(wildcards.study).corpus.source == "pypi":
         return [f"results/{wildcards.study}/corpus/downloads/packages.json"]
-    patterns = [os.path.expanduser(pattern) for pattern in get_study(wildcards.study).corpus.files]
-    found = {path for pattern in patterns for path in glob.glob(pattern, recursive=True)}
-    return sorted(path for path in found if os.path.isfile(path))
+    try:
+        return [str(path) for path in matching_files(get_study(wildcards.study).corpus.files, Path())]
+    except UserError as error:
+        stop(error)
 
 
 def get_corpus_threads(wildcards) -> int:
@@ -85,12 +104,20 @@ def get_job_settings(kind: str):
 @cache
 def count_usable_gpus() -> int:
     """GPUs of this machine that jobs may use."""
-    return len(usable_gpus())
+    try:
+        return len(usable_gpus())
+    except UserError as error:
+        stop(error)
 
 
 for key in config:
     if key not in ("study", "device", "runs"):
         stop(UserError(f"config: {key}: unknown key; use study, device or runs"))
+STUDY = str(config["study"])
+for path in sorted(Path("config/studies").glob("*.yaml")):
+    value = get_value(path.stem)
+    if path.stem != STUDY and type(value) is type(config["study"]) and value == config["study"]:
+        stop(UserError(f"{path}: Snakemake reads this name as {value}; rename the file, e.g. study_{path.name}"))
 if config["runs"] not in ("own", "reference"):
     stop(UserError(f"config: runs: {config['runs']!r}: use own or reference"))
 PUBLISHED = config["runs"] == "reference"  # datasets are the published ones, not those of this machine's own jobs

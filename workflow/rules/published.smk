@@ -17,4 +17,4 @@ rule published_dataset:
     message:
         "Published dataset of study {wildcards.study}: {wildcards.kind}"
     shell:
-        "cp {input} {output} 2> {log}"
+        "cp {input} {output} 2>&1 | tee {log} >&2"

@@ -20,4 +20,5 @@ rule report_html:
     message:
         "Report of study {wildcards.study}"
     shell:
-        "snakemake --config study={wildcards.study} runs={params.runs} --report {output} -- {input.products} > {log} 2>&1"
+        "snakemake --config study={wildcards.study} runs={params.runs} --report {output} -- {input.products} 2>&1"
+        " | tee {log} > /dev/null"

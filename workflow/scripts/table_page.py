@@ -6,6 +6,9 @@ from pathlib import Path
 
 from markdown_it import MarkdownIt
 
+from gdn_mup import errors
+from gdn_mup.files import replacing
+
 PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -30,8 +33,12 @@ def main(markdown: str, page: str) -> None:
         INTERVAL, lambda found: found[0].replace(" ", "\N{NO-BREAK SPACE}"), Path(markdown).read_text("utf-8")
     )
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
-    Path(page).write_text(PAGE.format(title=Path(markdown).stem, body=body), "utf-8")
+    with replacing(Path(page)) as partial:
+        partial.write_text(PAGE.format(title=Path(markdown).stem, body=body), "utf-8")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except OSError as error:
+        errors.end(error)

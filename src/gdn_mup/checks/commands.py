@@ -89,18 +89,16 @@ def transfer(
     output: Annotated[Path | None, typer.Option(help="File for the losses, netCDF.")] = None,
 ) -> None:
     """Sweep the learning rate of your own model at two widths or more; exit code 1 if its optimum moves."""
-    import numpy as np
-
     from gdn_mup.checks.transfer import judge, lr_sweep
     from gdn_mup.files import replacing
 
     subject = _subject(target, widths)
-    rates = 2.0 ** np.arange(log2_first, log2_last + step / 2, step)
+    rates = _learning_rates(log2_first, log2_last, step)
     dataset = lr_sweep(
         subject.make_model,
         _all_widths(context, widths),
         subject.batches,
-        list(rates),
+        rates,
         loss=subject.loss,
         steps=steps,
         seeds=range(seeds),
@@ -118,6 +116,19 @@ def transfer(
     low, high = verdict.interval
     print(f"the best learning rate: {verdict.text} ({verdict.move:+.2f} octaves [{low:+.2f}, {high:+.2f}])")
     raise typer.Exit(EXIT_FOUND if verdict.text == "it moves" else 0)
+
+
+def _learning_rates(first: float, last: float, step: float) -> list[float]:
+    """Ascending, from 2^first to 2^last."""
+    from pydantic import ValidationError
+
+    from gdn_mup.study.plan import LearningRateGrid
+
+    try:
+        return list(LearningRateGrid(log2_first=first, log2_last=last, log2_step=step).values)
+    except ValidationError as error:
+        said = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise UserError(f"--log2-first {first:g} --log2-last {last:g} --step {step:g}: {said}") from None
 
 
 def _all_widths(context: typer.Context, first: int) -> list[int]:

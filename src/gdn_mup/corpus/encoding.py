@@ -1,15 +1,14 @@
 """Documents become token ids: in pieces, in parallel, in the order given."""
 
 import re
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from gdn_mup.corpus.background import prefetch
 from gdn_mup.corpus.documents import Document
 from gdn_mup.corpus.tokenizer import END_OF_TEXT
 
@@ -18,8 +17,6 @@ PIECE_CHARACTERS = 2**18  # long documents are encoded in pieces of at least thi
 # Encoding before and after such a place equals encoding across it: no token pattern of the byte-level
 # pre-tokenizer extends from a visible character into a line break.
 PIECE_BOUNDARY = re.compile(r"(?<=[!-~])(?=\n)")
-
-Item = TypeVar("Item")
 
 
 class Piece(NamedTuple):
@@ -54,17 +51,6 @@ def encode(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tupl
 def token_dtype(vocabulary_size: int) -> Literal["uint16", "uint32"]:
     """The smallest of the two types that tokens are stored as."""
     return "uint16" if vocabulary_size <= 2**16 else "uint32"
-
-
-def prefetch(items: Iterable[Item], ahead: int = 2) -> Iterator[Item]:
-    """The same items, made by another thread, which is at most `ahead` items in front."""
-    iterator = iter(items)
-    end = object()
-    with ThreadPoolExecutor(1) as pool:
-        waiting: deque[Future[Item | object]] = deque(pool.submit(next, iterator, end) for _ in range(ahead))
-        while (item := waiting.popleft().result()) is not end:
-            waiting.append(pool.submit(next, iterator, end))
-            yield item  # type: ignore[misc]
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Piece]]:

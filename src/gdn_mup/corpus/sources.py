@@ -1,21 +1,23 @@
 """Where text comes from: documents, each once, in an order that depends on nothing but their content."""
 
-import glob
+import codecs
 import hashlib
 import heapq
 import json
 import logging
-import os
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gdn_mup.corpus.columns import is_damage, is_text, texts_of
 from gdn_mup.corpus.config import CorpusSettings
 from gdn_mup.corpus.documents import Document, take_bytes
 from gdn_mup.corpus.near_duplicates import drop_near_duplicates
+from gdn_mup.corpus.patterns import SUFFIXES, matching_files
 from gdn_mup.corpus.pypi import Wheel, fetch, package_texts
+from gdn_mup.corpus.text import check_beginning, check_pointer, check_record, decode, read_text
 from gdn_mup.errors import MachineError, UserError
 
 logger = logging.getLogger(__name__)
@@ -127,54 +129,25 @@ def _stdlib_texts() -> Iterator[tuple[str, str]]:
 
 def _file_texts(settings: CorpusSettings, root: Path) -> Iterator[tuple[str, str]]:
     """(name, text) of every document in the files that the patterns match."""
-    for path in _matching_files(settings.files, root):
+    for path in matching_files(settings.files, root):
         try:
             yield from _READERS[path.suffix.lower()](path, settings.field)
-        except UnicodeDecodeError as error:
-            raise _not_utf8(path, error) from None
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
-def _matching_files(patterns: Iterable[str], root: Path) -> list[Path]:
-    """Files that any pattern matches, each once, sorted. Extensions are checked before any is read."""
-    found: set[Path] = set()
-    for pattern in patterns:
-        expanded = os.path.expanduser(pattern)
-        matches = [root / match for match in glob.glob(expanded, root_dir=root, recursive=True)]
-        files = [path for path in matches if path.is_file()]
-        if not files:
-            kinds = ", ".join(_READERS)
-            if matches:
-                cure = f"matches only directories; write e.g. {Path(pattern) / '**/*.txt'} ({kinds} are read)"
-            else:
-                where = "" if os.path.isabs(expanded) else f" in {root.absolute()}"
-                cure = f"matches no file{where}; correct the pattern (`**` descends, `~` is your home)"
-            raise UserError(f"corpus.files: {pattern!r}: {cure}")
-        for path in files:
-            if path.suffix.lower() not in _READERS:
-                raise UserError(
-                    f"corpus.files: {pattern!r} matches {path}, which is none of {', '.join(_READERS)}; "
-                    "narrow the pattern, e.g. end it in *.txt"
-                )
-        found.update(files)
-    return sorted(found)
-
-
 def _read_whole(path: Path, field: str) -> Iterator[tuple[str, str]]:
-    """A file that is one document. A byte-order mark is not text."""
-    yield str(path), path.read_bytes().decode("utf-8-sig")
+    """A file that is one document."""
+    yield str(path), read_text(path)
 
 
 def _read_jsonl(path: Path, field: str) -> Iterator[tuple[str, str]]:
     """A document a line: JSON objects with the text in `field`. Blank lines and null texts are left out."""
+    check_beginning(path)
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             where = f"{path}:{number}"
-            try:
-                content = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise _not_utf8(where, error) from None
+            content = decode(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line, where, path)
             if content.strip():
                 text = _text_of_line(content, field, where)
                 if text is not None:
@@ -200,62 +173,45 @@ def _text_of_line(content: str, field: str, where: str) -> str | None:
         return None
     if not isinstance(text, str):
         raise UserError(f"{where}: field {field!r} is {type(text).__name__}, not text; set corpus.field to one that is")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{where}: field {field!r} holds half a surrogate pair (\\u{ord(text[error.start]):04x}), "
-            "which is no character; remove it or the line"
-        ) from None
-    return text
+    return check_record(text, f"{where}: field {field!r}")
 
 
 def _read_parquet(path: Path, field: str) -> Iterator[tuple[str, str]]:
-    """A document a row: the column named `field`, read in pieces. Nulls are left out."""
+    """A document a row: the column named `field`, read in pieces. Nulls are left out, a column of nothing else too."""
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise MachineError(f"{path}: reading .parquet needs pyarrow; `pip install pyarrow`") from None
-    types = pyarrow.types
+    check_pointer(path)
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
             schema = table.schema_arrow
-            names = ", ".join(map(repr, schema.names))
+            texts = ", ".join(repr(column.name) for column in schema if is_text(column.type)) or "none is"
             if field not in schema.names:
-                raise UserError(f"{path}: no column {field!r}; set corpus.field to one that is there: {names}")
+                raise UserError(f"{path}: no column {field!r}; set corpus.field to one that holds text: {texts}")
             kind = schema.field(field).type
-            if types.is_dictionary(kind):
-                kind = kind.value_type
-            if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)):
+            if pyarrow.types.is_null(kind):
+                return
+            if not is_text(kind):
                 raise UserError(
-                    f"{path}: column {field!r} is {kind}, not text; set corpus.field to one that is: {names}"
+                    f"{path}: column {field!r} is {kind}, not text; set corpus.field to one that is: {texts}"
                 )
             row = 0
             for batch in table.iter_batches(batch_size=1024, columns=[field]):
-                for text in batch.column(0).to_pylist():
+                for text in texts_of(batch.column(0), lambda row: f"{path}:{row}: column {field!r}", row):
                     row += 1
                     if text is not None:
                         yield f"{path}:{row}", text
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        if not is_damage(error):
+            raise
         raise UserError(
             f"{path}: not a whole Parquet file ({' '.join(str(error).split())}); write it again, "
             "or narrow corpus.files so that it does not match"
         ) from None
 
 
-def _not_utf8(where: Path | str, error: UnicodeDecodeError) -> UserError:
-    byte = error.object[error.start]
-    return UserError(
-        f"{where}: not UTF-8 (byte 0x{byte:02x} at {error.start}); convert it, e.g. "
-        "`iconv -f latin1 -t utf-8 OLD > NEW`, or narrow corpus.files so that it does not match"
-    )
-
-
-_READERS: dict[str, Callable[[Path, str], Iterator[tuple[str, str]]]] = {
-    ".txt": _read_whole,
-    ".md": _read_whole,
-    ".py": _read_whole,
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-}
+_READERS: dict[str, Callable[[Path, str], Iterator[tuple[str, str]]]] = dict(
+    zip(SUFFIXES, (_read_whole, _read_whole, _read_whole, _read_jsonl, _read_parquet), strict=True)
+)

@@ -5,6 +5,7 @@ followed by the end-of-text token, as little-endian uint16, or uint32 where the 
 """
 
 import hashlib
+import reprlib
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
+from gdn_mup.corpus.config import CorpusSettings
 from gdn_mup.errors import UserError
 from gdn_mup.settings import Settings
 
@@ -97,6 +99,17 @@ class TokenFile:
     def bytes_per_token(self) -> float:
         """Bytes of text a token stands for on average: a loss in nats/token over this is one in nats/byte."""
         return self.sidecar.bytes / self.sidecar.tokens
+
+    def check_settings(self, wanted: CorpusSettings) -> None:
+        """Raise UserError if the tokens were made by another corpus section than this one."""
+        found = self.sidecar.settings
+        for key, value in wanted.model_dump(mode="json").items():
+            if key in found and found[key] != value:
+                raise UserError(
+                    f"{self.path.with_suffix('.json')}: corpus.{key}: {reprlib.repr(found[key])} is not the study's "
+                    f"{reprlib.repr(value)}: this is the corpus of another study; name the study's own, or "
+                    "build it with `gdn-mup corpus`"
+                )
 
     def batch(self, seed: int, step: int, batch_size: int, context_length: int) -> NDArray[np.int64]:
         """Sequences at random offsets: [batch_size, context_length + 1], inputs and the target after each.

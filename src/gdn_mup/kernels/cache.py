@@ -16,14 +16,32 @@ from gdn_mup.files import replacing
 
 
 def cache_folder() -> Path:
-    """Where Triton keeps compiled kernels on this machine (TRITON_CACHE_DIR, or below the home folder)."""
-    return Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
+    """Where Triton keeps compiled kernels on this machine (TRITON_CACHE_DIR, or below the home folder).
+
+    Raises UserError where there is neither.
+    """
+    if named := os.environ.get("TRITON_CACHE_DIR"):
+        return Path(named)
+    try:
+        return Path.home() / ".triton" / "cache"
+    except RuntimeError:
+        raise UserError(
+            "HOME: this user has no home folder; name one for compiled kernels in TRITON_CACHE_DIR"
+        ) from None
 
 
 def pack(archive: Path, folder: Path | None = None) -> int:
-    """Write every compiled kernel to `archive` (.tar.xz), which appears when complete; how many there are."""
+    """Write every compiled kernel to `archive` (.tar.xz), which appears when complete; how many there are.
+
+    Raises UserError where there is none.
+    """
     folder = folder or cache_folder()
     kernels = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    if not kernels:
+        raise UserError(
+            f"--pack: {folder} holds no compiled kernels; compile some on this machine with --study, or name where "
+            "they are in TRITON_CACHE_DIR"
+        )
     with replacing(archive) as temporary, tarfile.open(temporary, "w:xz") as tar:
         for kernel in kernels:
             for file in sorted(kernel.iterdir()):

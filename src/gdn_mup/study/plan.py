@@ -11,13 +11,13 @@ import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
-import yaml
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from gdn_mup.corpus.config import CorpusSettings
 from gdn_mup.errors import UserError
 from gdn_mup.model.config import GrowthMode, InitName, KernelScale, ModelSettings, model_shape
 from gdn_mup.settings import LARGEST_COUNT, Octaves, Seed, Settings, Size
+from gdn_mup.study.yaml_file import read_yaml
 from gdn_mup.training.config import Clipping, OptimizerName, TrainingSettings
 
 RuleSetName = Literal[
@@ -46,13 +46,23 @@ class LearningRateGrid(Settings):
     def _increasing(self) -> Self:
         if self.log2_last < self.log2_first:
             raise ValueError(f"the grid falls: log2_last {self.log2_last} is below log2_first {self.log2_first}")
+        steps = self._steps
+        if abs(steps - round(steps)) * self.log2_step > 1e-3:  # octaves: ends and step may be rounded
+            before, after = (self.log2_first + n * self.log2_step for n in (int(steps), int(steps) + 1))
+            raise ValueError(
+                f"steps of {self.log2_step:g} from log2_first {self.log2_first:g} miss log2_last {self.log2_last:g}; "
+                f"end at {before:g} or {after:g}"
+            )
         return self
+
+    @property
+    def _steps(self) -> float:
+        return (self.log2_last - self.log2_first) / self.log2_step
 
     @property
     def values(self) -> tuple[float, ...]:
         """The learning rates at the base width, ascending."""
-        count = int((self.log2_last - self.log2_first) / self.log2_step + 1e-9) + 1
-        return tuple(2.0 ** (self.log2_first + i * self.log2_step) for i in range(count))
+        return tuple(2.0 ** (self.log2_first + i * self.log2_step) for i in range(round(self._steps) + 1))
 
 
 def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -297,7 +307,7 @@ class Study(Settings):
 
     def training_of(self, experiment: Experiment) -> TrainingSettings:
         """The study's training settings with the experiment's own on top."""
-        return TrainingSettings.model_validate(self.training.model_dump() | experiment.training)
+        return TrainingSettings.model_validate(self.training.model_dump() | experiment.training, strict=True)
 
     def experiment_of(self, job: Job) -> AnyExperiment:
         """The experiment that a job belongs to."""
@@ -377,14 +387,11 @@ def load_study(path: Path | str) -> Study:
     if not path.is_file():
         others = sorted(p.stem for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise UserError(f"{path}: no such study file; there are: {', '.join(others) or 'none'}")
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or no such date
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    raw = read_yaml(path)
     if not isinstance(raw, dict):
-        raise UserError(f"{path}: a study file is a mapping of sections, not {type(raw).__name__}")
+        raise UserError(f"{path}: a study file is a mapping of sections, not {_shown(raw)}")
     try:
-        return Study.model_validate(raw)
+        return Study.model_validate(raw, strict=True)  # no text for a number, no `true` for 1
     except ValidationError as error:
         raise UserError(f"{path}: {_first_problem(error)}") from None
 
@@ -400,4 +407,19 @@ def _first_problem(error: ValidationError) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if not key or problem["type"] == "value_error" or problem["type"] == "missing":
         return f"{key}: {message}{more}".removeprefix(": ")
-    return f"{key}: {reprlib.repr(problem['input'])}: {message}{more}"
+    cure = _CURES.get(problem["type"], "")
+    return f"{key}: {_shown(problem['input'])}: {message}{cure}{more}"
+
+
+# By pydantic's names: how a value of the right type is written.
+_CURES = {
+    "int_type": "; write it in digits, such as 400, 1_000_000 or 1e6",
+    "float_type": "; write it in digits, such as 0.5 or 1e-5",
+    "bool_type": "; write true or false",
+    "string_type": "; put it in quotes",
+    "tuple_type": "; write a list, [a, b]",
+}
+
+
+def _shown(value: Any) -> str:
+    return reprlib.repr(list(value) if isinstance(value, tuple) else value)

@@ -7,11 +7,13 @@ Nothing here imports torch: CUDA reads CUDA_VISIBLE_DEVICES once, when it starts
 
 import csv
 import fcntl
+import glob
 import logging
 import os
 import random
 import re
 import shutil
+import signal
 import stat
 import subprocess
 import time
@@ -19,12 +21,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from gdn_mup.errors import UserError
+from gdn_mup.errors import MachineError, UserError
 
 log = logging.getLogger(__name__)
 
 OLDEST_GPU = (8, 0)  # compute capability: Ampere, the first with bfloat16 matrix products
 FOLDER_VARIABLE = "GDN_MUP_GPU_SLOTS"
+SECONDS_TO_ANSWER = 30  # of nvidia-smi, which takes one or two, a minute at most where a driver wakes many GPUs
+
+# What a driver without nvidia-smi still shows, in containers too: a folder for each GPU, or (WSL) a device.
+DRIVER_FILES = ("/proc/driver/nvidia/gpus/*", "/dev/dxg")
 
 
 class Gpu(NamedTuple):
@@ -32,6 +38,11 @@ class Gpu(NamedTuple):
 
     device: str  # in CUDA_VISIBLE_DEVICES: an index, a UUID, or how a UUID begins
     slot: str  # the same for the same device, however it was named
+
+    @property
+    def is_part(self) -> bool:
+        """Whether it is a part of a GPU: it trains jobs of its own, but none together with others."""
+        return self.slot.startswith("MIG-")
 
 
 class _Listed(NamedTuple):
@@ -46,14 +57,21 @@ class _Listed(NamedTuple):
 def usable_gpus() -> list[Gpu]:
     """The GPUs that jobs of this process may have: those in CUDA_VISIBLE_DEVICES, or all that are new enough.
 
-    Without an NVIDIA driver there are none. An index in CUDA_VISIBLE_DEVICES is taken to be the driver's, which is
-    CUDA's own on machines whose GPUs are alike.
+    Without an NVIDIA driver there are none, whatever CUDA_VISIBLE_DEVICES says. An index there is taken to be the
+    driver's, which is CUDA's own on machines whose GPUs are alike. A GPU that MIG has divided is none, as for CUDA:
+    under its own index or UUID it is its first part.
+
+    Raises:
+        MachineError: nvidia-smi does not answer.
     """
     listed = _listed()
+    if not listed and not any(glob.glob(pattern) for pattern in DRIVER_FILES):
+        return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         suitable = [gpu for gpu in listed if not gpu.capability or gpu.capability >= OLDEST_GPU]
         return [Gpu(uuid, uuid) for gpu in suitable for uuid in gpu.parts or (gpu.uuid,)]
+    first_part = {gpu.uuid: gpu.parts[0] for gpu in listed if gpu.parts}
     by_index = {gpu.position: gpu.uuid for gpu in listed}
     uuids = [uuid for gpu in listed for uuid in (gpu.uuid, *gpu.parts)]
     gpus: dict[str, Gpu] = {}
@@ -61,12 +79,13 @@ def usable_gpus() -> list[Gpu]:
         if re.fullmatch(r"\d+", device):
             slot = by_index.get(device, "" if listed else f"{_allocation()}index-{device}")
         elif device.startswith(("GPU-", "MIG-")):
-            slot = next((uuid for uuid in uuids if uuid.startswith(device)), device)
+            slot = next((uuid for uuid in uuids if uuid.startswith(device)), "" if listed else device)
         else:
             slot = ""
         if not slot:  # as in CUDA, what follows an entry that names no device does not count
             break
-        gpus.setdefault(slot, Gpu(device, slot))
+        slot = first_part.get(slot, slot)
+        gpus.setdefault(slot, Gpu(slot if slot.startswith("MIG-") else device, slot))
     return list(gpus.values())
 
 
@@ -78,13 +97,23 @@ def take_gpus(count: int = 1) -> list[int]:
     assigned the GPUs or where there are none.
 
     Raises:
-        UserError: there are GPUs, but fewer than `count`; the folder of the slots is not this user's alone.
+        UserError: there are GPUs, but fewer than `count`, or parts of GPUs, which cannot train together; the folder of
+            the slots is not this user's alone.
+        MachineError: nvidia-smi does not answer.
     """
     if _assigned_by_batch_system(count):
         return []
     gpus = usable_gpus()
     if not gpus:
         return []
+    if count > 1 and any(gpu.is_part for gpu in gpus):
+        whole = sum(not gpu.is_part for gpu in gpus)
+        if whole < count:
+            raise UserError(
+                f"--device: {count} GPUs are asked for, and this process may use {whole} beside parts of GPUs (MIG), "
+                "which cannot train one job together; use --device cuda, one part for each job"
+            )
+        gpus = [gpu for gpu in gpus if not gpu.is_part]
     if len(gpus) < count:
         raise UserError(f"{count} GPUs are asked for, and this process may use {len(gpus)}; ask for {len(gpus)}")
     folder = _slot_folder()
@@ -127,9 +156,23 @@ def _listed() -> list[_Listed]:
 
 
 def _nvidia_smi(*arguments: str) -> str:
-    """What it prints; nothing where it finds no driver."""
-    done = subprocess.run(["nvidia-smi", *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    return done.stdout if done.returncode == 0 else ""
+    """What it prints; nothing where it finds no driver.
+
+    Raises MachineError if it does not end. It is not waited for then: a driver that hangs keeps it from being killed.
+    """
+    command = ["nvidia-smi", *arguments]
+    asked = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, errors="replace", start_new_session=True
+    )
+    try:
+        printed, _ = asked.communicate(timeout=SECONDS_TO_ANSWER)
+    except subprocess.TimeoutExpired:
+        os.killpg(asked.pid, signal.SIGKILL)
+        raise MachineError(
+            f"nvidia-smi: no answer in {SECONDS_TO_ANSWER} seconds; see to the GPU's driver, or train on the CPU: "
+            "--device cpu, or device=cpu in Snakemake's --config"
+        ) from None
+    return printed if asked.returncode == 0 else ""
 
 
 def _assigned_by_batch_system(count: int) -> bool:

@@ -5,6 +5,7 @@ Width is always an ordered colour, darker for wider; rule sets have their own co
 
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib import rcParamsDefault
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
@@ -81,10 +83,19 @@ class Drawing(NamedTuple):
     table: pd.DataFrame
 
 
+@contextmanager
+def _style() -> Iterator[None]:
+    """Only what is said here and matplotlib's own defaults hold in this block: no matplotlibrc of the user."""
+    defaults = {name: value for name, value in rcParamsDefault.items() if name not in ("backend", "interactive")}
+    with plt.rc_context():
+        plt.rcParams.update(defaults | STYLE)
+        yield
+
+
 def save(figure: Figure, table: pd.DataFrame, stem: Path | str) -> None:
     """Write `stem`.svg, .png (300 dpi) and .csv, each to a temporary name and renamed when complete."""
     stem = Path(stem)
-    with plt.rc_context(STYLE):
+    with _style():
         with replacing(stem.with_name(f"{stem.name}.svg")) as path:
             figure.savefig(path, metadata={"Date": None})
         with replacing(stem.with_name(f"{stem.name}.png")) as path:
@@ -98,7 +109,7 @@ def styled(draw: Callable[..., Drawing]) -> Callable[..., Drawing]:
 
     @wraps(draw)
     def drawn(*arguments: Any, **options: Any) -> Drawing:
-        with plt.rc_context(STYLE):
+        with _style():
             drawing = draw(*arguments, **options)
             # Lay out now, while the style holds: every later drawing of the figure would find the same layout again.
             # Twice, since panels of another size may have other ticks.
