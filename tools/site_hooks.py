@@ -29,7 +29,7 @@ from gdn_mup.scaling.growth import Axes
 from gdn_mup.scaling.rules import PRINCIPAL, RULE_SETS, Power
 from gdn_mup.study.claims import CLAIMS, verdict_table
 from gdn_mup.study.datasets import JOB_VARIABLES, open_dataset
-from gdn_mup.study.optimum import signed as rounded
+from gdn_mup.study.estimates import signed as rounded
 from gdn_mup.study.optimum import slope_against_width, transfer_regret, transfers
 from gdn_mup.study.plan import SECTIONS, load_study
 from gdn_mup.study.reference import markdown_reference
