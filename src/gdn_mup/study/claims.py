@@ -44,11 +44,23 @@ from gdn_mup.study.tuning import searches
 # A study's collected datasets by kind, such as "lr_sweep" (`DatasetKind`). One that is absent was not run.
 Evidence = Mapping[str, xr.Dataset]
 
-MUP_RULES = ("mup", "liu_gu", "gdn_mup")
+MUP_RULES = ("mup", "liu_gu", "gdn_mup")  # named in every verdict, also where they were not run
+
+
+def mup_rules(dataset: xr.Dataset) -> tuple[str, ...]:
+    """Rule sets that are meant to transfer: those above, and whatever others were run that are no SP."""
+    others = (str(name) for name in dataset.rules.values if not str(name).startswith("sp"))
+    return tuple(dict.fromkeys((*MUP_RULES, *others)))
+
 
 CARRIED = ("mixer_output", "mlp_output", "residual")  # what blocks add to the residual stream, and what it carries
 TRUNK = (*CARRIED, "final_norm", "logits")  # what every block reads and writes, and what comes of it
 PREACTIVATIONS = ("alpha_preactivation", "beta_preactivation")  # of the gates
+
+
+def standard(_: xr.Dataset) -> tuple[str, ...]:
+    """The rule set of claims on standard parametrization."""
+    return ("sp",)
 
 
 @dataclass(frozen=True)
@@ -96,18 +108,21 @@ def from_dataset(kind: str) -> Callable[[Callable[[str, xr.Dataset], list[Verdic
 
 
 def of_sweeps(
-    optimizer: str, rules: Sequence[str], judge: Callable[[xr.Dataset, Transfer], tuple[VerdictName, str]]
+    optimizer: str,
+    rules: Callable[[xr.Dataset], Sequence[str]],
+    judge: Callable[[xr.Dataset, Transfer], tuple[VerdictName, str]],
 ) -> Judge:
-    """Judges each rule set's sweep under one optimizer, in every growth mode."""
+    """Judges each rule set's sweep under one optimizer, in every growth mode. `rules`: of a dataset, which."""
 
     @from_dataset("lr_sweep")
     def verdicts(claim: str, dataset: xr.Dataset) -> list[Verdict]:
         found = []
         for growth in map(str, dataset.growth.values):
-            for name in rules:
+            named = rules(dataset)
+            for name in named:
                 sweep = transfer(dataset, growth, optimizer, name)
                 judged = judge(dataset, sweep) if sweep else ("not tested", "the study has no such sweep")
-                twin = _same_runs(dataset, growth, optimizer, name, rules)
+                twin = _same_runs(dataset, growth, optimizer, name, named)
                 found.append(Verdict(claim, growth, optimizer, name, *judged, same_runs_as=twin))
         return found
 
@@ -194,7 +209,7 @@ def no_worse_than_sp(claim: str, evidence: Evidence) -> list[Verdict]:
             names = [name for name, _ in best]
             verdict = combined([wider[0], "reproduced" if "reproduced" in names else combined(names)])
             reason = "; ".join(reason for _, reason in [wider, *best])
-            twin = _same_runs(dataset, sweep.growth, sweep.optimizer, sweep.rules, MUP_RULES)
+            twin = _same_runs(dataset, sweep.growth, sweep.optimizer, sweep.rules, mup_rules(dataset))
             found.append(Verdict(claim, sweep.growth, sweep.optimizer, sweep.rules, verdict, reason, twin))
     return found
 
@@ -250,7 +265,7 @@ def _sp_grows(part: pd.DataFrame) -> tuple[VerdictName, str]:
 def gates_are_independent(claim: str, dataset: xr.Dataset) -> list[Verdict]:
     """Whether gates' gradients scale as sums of terms of independent signs, in the first update and in late ones."""
     table = pooled_gate_gradients(dataset)
-    table = table[(table.independent != table.aligned) & table.rules.isin(MUP_RULES)]
+    table = table[(table.independent != table.aligned) & table.rules.isin(mup_rules(dataset))]
     found = []
     for (growth, optimizer, rules), part in table.groupby(["growth", "optimizer", "rules"], sort=False):
         ends = [part.loc[part.step.idxmin()], part.loc[part.step.idxmax()]]
@@ -285,7 +300,7 @@ def either_growth(claim: str, evidence: Evidence) -> list[Verdict]:
     """Whether the optimum of the shape rules transfers, where both growth modes were run under an optimizer."""
     found = []
     for optimizer in OPTIMIZER_TITLES:
-        judged = of_sweeps(optimizer, ("gdn_mup",), optimum_transfers)(claim, evidence)
+        judged = of_sweeps(optimizer, lambda _: ("gdn_mup",), optimum_transfers)(claim, evidence)
         tested = [verdict for verdict in judged if verdict.verdict != "not tested"]
         if len(tested) == 1:
             only = f"only growth by {tested[0].growth} was run; there: {tested[0].reason}"
@@ -326,7 +341,7 @@ def tuning_small_saves(claim: str, dataset: xr.Dataset) -> list[Verdict]:
             verdict, reason = "inconclusive", "the jobs did not report what they cost"
         elif verdict == "reproduced" and any(much <= little for little, much, _, _ in known.values()):
             verdict = "not reproduced"
-        twin = _same_runs(dataset, sweep.growth, sweep.optimizer, sweep.rules, MUP_RULES)
+        twin = _same_runs(dataset, sweep.growth, sweep.optimizer, sweep.rules, mup_rules(dataset))
         found.append(Verdict(claim, sweep.growth, sweep.optimizer, sweep.rules, verdict, f"{reason}; {why}", twin))
     return found
 
@@ -336,7 +351,7 @@ CLAIMS: tuple[Claim, ...] = (
         id="C1",
         statement="Under AdamW and standard parametrization, the best learning rate falls with width.",
         decided_by=f"slope of log₂ LR* against log₂ width: interval below −{SLOPE_MARGIN} octaves per doubling",
-        judge=of_sweeps("adamw", ("sp",), optimum_moves),
+        judge=of_sweeps("adamw", standard, optimum_moves),
     ),
     Claim(
         id="C2",
@@ -345,19 +360,19 @@ CLAIMS: tuple[Claim, ...] = (
             f"what it costs against each width's own best: intervals below {LOSS_MARGIN} nats; slope: interval within "
             f"±{SLOPE_MARGIN} octaves per doubling; refuted by an interval beyond"
         ),
-        judge=of_sweeps("adamw", MUP_RULES, optimum_transfers),
+        judge=of_sweeps("adamw", mup_rules, optimum_transfers),
     ),
     Claim(
         id="C3",
         statement="Under SGD and standard parametrization, the best learning rate falls with width.",
         decided_by="as C1, where a fall is predicted under the run's own clipping",
-        judge=of_sweeps("sgd", ("sp",), optimum_moves),
+        judge=of_sweeps("sgd", standard, optimum_moves),
     ),
     Claim(
         id="C4",
         statement="Under SGD and μP, the base width's best learning rate is good enough at every width.",
         decided_by="as C2",
-        judge=of_sweeps("sgd", MUP_RULES, optimum_transfers),
+        judge=of_sweeps("sgd", mup_rules, optimum_transfers),
     ),
     Claim(
         id="C5",
@@ -479,7 +494,7 @@ def verdict_table(evidence: Evidence, claims: Sequence[Claim] = CLAIMS) -> pd.Da
 
 def _of_mup(dataset: xr.Dataset) -> list[Transfer]:
     """The sweeps of rule sets that are meant to transfer."""
-    return [sweep for sweep in transfers(dataset) if sweep.rules in MUP_RULES]
+    return [sweep for sweep in transfers(dataset) if sweep.rules in mup_rules(dataset)]
 
 
 def _wider(sweep: Transfer) -> list[int]:

@@ -40,7 +40,6 @@ _LENGTH = 3.0  # octaves
 _LEVEL = 1.0  # nats: standard deviation of its mean, in effect free
 _EDGES = 0.15  # an octave, above the best learning rate
 _JUMPS = stats.t(df=2, scale=0.1)  # nats, from one learning rate to the next from the edge on
-_ANY_SCATTER = -np.log(8.0)  # beyond an edge the logarithm of its variance is anywhere within so much
 _SPREAD = 0.25  # octaves: of the places where seeds fall off
 _GAP = 0.15  # nats between seeds that fell off at a learning rate and those that did not
 _ALIKE = 0.22  # octaves over which a run's own noise forgets: variogram of study h200_fine's 24 seeds
@@ -106,7 +105,7 @@ def draw_curves(grid: Array, losses: Array, random: np.random.Generator) -> Curv
     for case, (seen, noise) in enumerate(zip(regular, noises, strict=True)):
         of_seen = at_grid[:seen, :seen] + noise.covariance
         log_weights[case] += stats.multivariate_normal.logpdf(heights[:seen], cov=of_seen) + noise.log_likelihood
-        log_weights[case] += jumps[seen - 1 :].sum() + (points - seen) * _ANY_SCATTER
+        log_weights[case] += jumps[seen - 1 :].sum()
     weights = np.exp(log_weights - log_weights.max())
     chosen = random.choice(len(regular), DRAWS, p=weights / weights.sum())
 
@@ -171,8 +170,8 @@ def _value_at(places: Array, curves: Array, place: Array) -> Array:
 
 
 class _Noise(NamedTuple):
-    """What noise does to heights: its `covariance` [learning rates, learning rates], and how likely it is that it
-    differs as it does from one learning rate to the next."""
+    """What noise does to heights: its `covariance` [learning rates, learning rates], and how likely it is that some
+    learning rates have so much more of it than is usual, against that they have what is usual."""
 
     covariance: Array
     log_likelihood: float
@@ -195,8 +194,9 @@ def _noise(losses: Array, heights: Array, stretch: Array, step: float) -> _Noise
     freedom = 1.5 * (seeds - 1)  # of two differences that share a learning rate
     usual = max(float(np.median(local)) * freedom / float(stats.chi2.median(freedom)), _LEAST_NOISE**2)
     moderated = (_MODERATION * usual + freedom * local) / (_MODERATION + freedom)
-    ratio = np.maximum(local / usual, 1)  # less noise than usual is no sign of anything
-    unlike = stats.f.logpdf(ratio, freedom, _MODERATION) + np.log(ratio)  # of the logarithm of the ratio
+    ratio = np.append(1, np.maximum(local / usual, 1))  # less noise than usual is no sign of anything
+    likelihood = stats.f.logpdf(ratio, freedom, _MODERATION) + np.log(ratio)  # of the logarithm of the ratio
+    unlike = likelihood[1:] - likelihood[0]
     # Larger by what the variance of Student's t is above that of the normal distribution.
     size = np.sqrt(moderated * (_MODERATION + freedom) / (_MODERATION + freedom - 2) / seeds)
     return _Noise(np.outer(size, size) * np.exp(-distance / _ALIKE), float(unlike.sum()))

@@ -64,7 +64,7 @@ def _gains(ax: Axes, search: Search) -> None:
     ax.axhline(0, color="0.6", lw=0.8, zorder=0)
     for shift, gain, face in ((-0.06, search.gain, CHOSEN), (0.06, search.gain_left_out, "white")):
         place = np.log2(search.widths) + shift
-        value, low, high = np.array([gain(width) for width in search.widths]).T
+        value, low, high = np.array([gain(width).numbers for width in search.widths]).T
         ax.plot(place, value, "o-", color=CHOSEN, mfc=face, lw=0.8, ms=4.5, zorder=2)
         ax.vlines(place, low, high, color=CHOSEN, lw=1, zorder=1)
     width_axis(ax, search.widths)
