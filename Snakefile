@@ -22,6 +22,7 @@ include: "workflow/rules/published.smk" if PUBLISHED else "workflow/rules/datase
 include: "workflow/rules/figures.smk"
 include: "workflow/rules/tables.smk"
 include: "workflow/rules/report.smk"
+include: "workflow/rules/comparisons.smk"
 
 
 rule all:

@@ -248,7 +248,8 @@ def commands() -> str:
 
 def captions() -> str:
     """Every figure and table with the caption that it has in the report."""
-    about = SimpleNamespace(wildcards=SimpleNamespace(optimizer="adamw"))
+    regime = "(Here: tokens a run, and per parameter, of the study.)"
+    about = SimpleNamespace(wildcards=SimpleNamespace(optimizer="adamw"), params=SimpleNamespace(regime=regime))
     files = [path for path in sorted(Path("workflow/report").glob("*.rst")) if path.stem != "workflow"]
     return "\n\n".join(f"### {path.stem}\n\n{Template(path.read_text()).render(snakemake=about)}" for path in files)
 
