@@ -23,6 +23,7 @@ include: "workflow/rules/figures.smk"
 include: "workflow/rules/tables.smk"
 include: "workflow/rules/report.smk"
 include: "workflow/rules/safety.smk"
+include: "workflow/rules/comparisons.smk"
 
 
 rule all:

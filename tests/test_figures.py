@@ -21,10 +21,10 @@ from gdn_mup.model.config import ModelSettings, model_shape
 from gdn_mup.scaling.growth import growth_between
 from gdn_mup.scaling.rules import RULE_SETS
 from gdn_mup.study import datasets, figures, tables
+from gdn_mup.study.estimates import signed
 from gdn_mup.study.figures import style
 from gdn_mup.study.files import from_root
 from gdn_mup.study.losses import losses_at
-from gdn_mup.study.optimum import signed
 from gdn_mup.study.published import study_setting
 from gdn_mup.study.titles import GROWTH_TITLES, OPTIMIZER_TITLES, RULE_TITLES
 

@@ -20,7 +20,8 @@ from gdn_mup.scaling.growth import Axes, Growth
 from gdn_mup.scaling.rules import PRINCIPAL, RULE_SETS
 from gdn_mup.study.claims import CLAIMS, Verdict, judge_all
 from gdn_mup.study.datasets import open_dataset, open_jobs
-from gdn_mup.study.optimum import signed, slope_against_width, transfer
+from gdn_mup.study.estimates import signed
+from gdn_mup.study.optimum import slope_against_width, transfer
 from gdn_mup.study.plan import load_study
 from gdn_mup.study.tables import (
     optima,

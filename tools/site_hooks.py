@@ -30,7 +30,7 @@ from gdn_mup.scaling.rules import PRINCIPAL, RULE_SETS, Power
 from gdn_mup.study import tables
 from gdn_mup.study.claims import CLAIMS, verdict_table
 from gdn_mup.study.datasets import JOB_VARIABLES, open_dataset
-from gdn_mup.study.optimum import signed as rounded
+from gdn_mup.study.estimates import signed as rounded
 from gdn_mup.study.optimum import slope_against_width, transfer_regret, transfers
 from gdn_mup.study.plan import SECTIONS, load_study
 from gdn_mup.study.reference import markdown_reference
@@ -254,7 +254,8 @@ def commands() -> str:
 
 def captions() -> str:
     """Every figure and table with the caption that it has in the report."""
-    about = SimpleNamespace(wildcards=SimpleNamespace(optimizer="adamw"))
+    regime = "(Here: tokens a run, and per parameter, of the study.)"
+    about = SimpleNamespace(wildcards=SimpleNamespace(optimizer="adamw"), params=SimpleNamespace(regime=regime))
     files = [path for path in sorted(Path("workflow/report").glob("*.rst")) if path.stem != "workflow"]
     return "\n\n".join(f"### {path.stem}\n\n{Template(path.read_text()).render(snakemake=about)}" for path in files)
 

@@ -12,7 +12,9 @@ from snakemake.cli import parse_config
 from gdn_mup.corpus.patterns import matching_files
 from gdn_mup.errors import UserError, end
 from gdn_mup.model.config import GrowthMode
+from gdn_mup.study.comparison import Comparison, load_comparison
 from gdn_mup.study.plan import Job, Study, load_study
+from gdn_mup.study.regime import regime_in_words
 from gdn_mup.training.config import OptimizerName
 from gdn_mup.training.devices import parse_device
 from gdn_mup.training.gpu_slots import usable_gpus
@@ -37,6 +39,7 @@ wildcard_constraints:
     optimizer="|".join(get_args(OptimizerName)),
     width=r"\d+",
     seed=r"\d+",
+    comparison=r"[A-Za-z0-9_-]+",
 
 
 @cache
@@ -193,6 +196,26 @@ def get_parameters(wildcards, input, output) -> list[str]:
     """A notebook's parameters: the datasets that it is given, and where its products go (a path without suffix)."""
     datasets = [f"{name}={input[name]}" for name in KINDS if name in input.keys()]
     return [*datasets, f"output={os.path.splitext(output.csv)[0]}"]
+
+
+def get_regime(wildcards) -> str:
+    """For captions: how long a study's models train for their size."""
+    return regime_in_words(get_study(wildcards.study))
+
+
+@cache
+def get_comparison(name: str) -> Comparison:
+    """The comparison of that name; its file's first mistake, as one line, ends the run."""
+    try:
+        return load_comparison(f"config/comparisons/{name}.yaml")
+    except (UserError, OSError) as error:
+        stop(error)
+
+
+def get_compared_datasets(wildcards) -> dict[str, str]:
+    """For `input`: the learning-rate sweeps of every study that a comparison names, by study."""
+    studies = get_comparison(wildcards.comparison).studies
+    return {name: f"results/{name}/datasets/lr_sweep.nc" for name in studies}
 
 
 def get_transfer_labels(wildcards) -> dict[str, str]:

@@ -27,6 +27,7 @@ rule figure_coordinate_check:
         runtime=30,
     params:
         parameters=get_parameters,
+        regime=get_regime,
     message:
         "Figure of study {wildcards.study}: coordinate check"
     shell:

@@ -26,6 +26,7 @@ rule table_scaling_rules:
         runtime=30,
     params:
         parameters=get_parameters,
+        regime=get_regime,
     message:
         "Table of study {wildcards.study}: scaling rules"
     shell:
@@ -87,8 +88,16 @@ use rule table_scaling_rules as table_verdicts with:
         notebook="notebooks/verdicts.ipynb",
         code=multiext(
             "src/gdn_mup/study/",
-            *("claims.py", "cost.py", "exponents.py", "loss_curve.py", "multiplier.py", "optimum.py", "tables.py"),
-            "tuning.py",
+            *(
+                "claims.py",
+                "clipping.py",
+                "cost.py",
+                "equivalence.py",
+                "estimates.py",
+                "exponents.py",
+                "loss_curve.py",
+            ),
+            *("multiplier.py", "optimum.py", "tables.py", "tuning.py"),
         ),
     output:
         csv="results/{study}/tables/verdicts.csv",
@@ -107,6 +116,7 @@ use rule table_scaling_rules as table_verdicts with:
         "results/{study}/benchmarks/tables/verdicts.tsv"
     params:
         parameters=get_parameters_of(EVIDENCE),
+        regime=get_regime,
     message:
         "Table of study {wildcards.study}: verdicts on the claims"
 
@@ -133,5 +143,6 @@ use rule table_scaling_rules as table_cost with:
         "results/{study}/benchmarks/tables/cost.tsv"
     params:
         parameters=get_parameters_of(KINDS),
+        regime=get_regime,
     message:
         "Table of study {wildcards.study}: what it cost"

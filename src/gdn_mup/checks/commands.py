@@ -88,9 +88,12 @@ def transfer(
     seeds: Seeds = 3,
     output: Annotated[Path | None, typer.Option(help="File for the losses, netCDF.")] = None,
 ) -> None:
-    """Sweep the learning rate of your own model at two widths or more; exit code 1 if its optimum moves."""
+    """Sweep the learning rate of your own model at two widths or more; exit code 1 if it does not transfer."""
+    import numpy as np
+
     from gdn_mup.checks.transfer import judge, lr_sweep
     from gdn_mup.files import replacing
+    from gdn_mup.study.estimates import Estimate
 
     subject = _subject(target, widths)
     rates = _learning_rates(log2_first, log2_last, step)
@@ -109,13 +112,10 @@ def transfer(
             dataset.to_netcdf(path, engine="h5netcdf")
     verdict = judge(dataset)
     for width, optimum in verdict.optima.items():
-        where = optimum.reason or (
-            f"best at 2^{optimum.log2_learning_rate:.2f} [{optimum.interval.low:.2f}, {optimum.interval.high:.2f}]"
-        )
-        print(f"width {width}: {where}")
-    low, high = verdict.interval
-    print(f"the best learning rate: {verdict.text} ({verdict.move:+.2f} octaves [{low:+.2f}, {high:+.2f}])")
-    raise typer.Exit(EXIT_FOUND if verdict.text == "it moves" else 0)
+        best = Estimate(optimum.log2_learning_rate, optimum.interval).plain(2)
+        print(f"width {width}: {optimum.reason or f'best at 2^{best}'}")
+    print(f"the best learning rate: {verdict.text}{'' if np.isnan(verdict.move) else f' ({verdict.reason})'}")
+    raise typer.Exit(EXIT_FOUND if verdict.verdict == "not reproduced" else 0)
 
 
 def _learning_rates(first: float, last: float, step: float) -> list[float]:

@@ -12,17 +12,25 @@ from gdn_mup.checks.coordinates import Loss, Setup, loss_of
 from gdn_mup.errors import UserError
 from gdn_mup.modules.scaling import Scaling
 from gdn_mup.modules.survey import MakeModel
-from gdn_mup.study.claims import SLOPE_TOLERANCE
-from gdn_mup.study.optimum import Interval, Optimum, find_optimum, slope_against_width
+from gdn_mup.study.equivalence import VerdictName, judge_transfer
+from gdn_mup.study.estimates import Estimate, Interval
+from gdn_mup.study.optimum import Optimum, find_optimum, slope_against_width, transfer_regret
 
 
 class Verdict(NamedTuple):
-    """By how many octaves the optimum moved from the least to the largest width, or why that cannot be said."""
+    """Whether the best learning rate of the least width is good enough at the others.
+
+    `move`: octaves from the least to the largest width with an optimum, and its `interval`. `costs`: of the least
+    width's best learning rate against each width's own, in nats. `text` and `reason`: in words.
+    """
 
     optima: dict[int, Optimum]
     move: float
     interval: Interval
+    costs: dict[int, Estimate]
+    verdict: VerdictName
     text: str
+    reason: str
 
 
 def lr_sweep(
@@ -78,24 +86,28 @@ def lr_sweep(
     return xr.Dataset({"train_loss": result}, attrs={"title": "Learning-rate sweep", "base_width": ordered[0]})
 
 
+_TEXTS: dict[VerdictName, str] = {
+    "reproduced": "it stays",
+    "not reproduced": "it moves",
+    "inconclusive": "no move is established, nor that it stays: more seeds or steps would tell",
+}
+
+
 def judge(dataset: xr.Dataset) -> Verdict:
-    """Where the optimum is at each width, and whether it moved; estimators and tolerance are those of the study."""
+    """Where the optimum is at each width, and whether that of the least one will do; margins are those of the study."""
     rates = np.log2(dataset.learning_rate.values.astype(float))
     losses = dataset.train_loss.transpose("width", "seed", "learning_rate").values
     widths = [int(width) for width in dataset.width.values]
-    optima = {width: find_optimum(rates, losses[i], np.random.default_rng(i)) for i, width in enumerate(widths)}
-    slope = slope_against_width(widths, list(optima.values()))
+    found = [find_optimum(rates, losses[i], np.random.default_rng(i)) for i in range(len(widths))]
+    optima = dict(zip(widths, found, strict=True))
+    slope, wider = slope_against_width(widths, found), slope_against_width(widths[1:], found[1:])
+    costs = {width: transfer_regret(optima[width], found[0]) for width in widths[1:]}
+    verdict, reason = judge_transfer(slope, wider, costs)
     if slope.reason:
-        return Verdict(optima, np.nan, slope.interval, f"cannot be said: {slope.reason}")
+        return Verdict(optima, np.nan, slope.interval, costs, verdict, f"cannot be said: {slope.reason}", reason)
     doublings = float(np.log2(slope.widths[-1] / slope.widths[0]))
-    move, interval = slope.value * doublings, Interval(*(end * doublings for end in slope.interval))
-    if max(-slope.interval.low, slope.interval.high) <= SLOPE_TOLERANCE:
-        text = "it stays"
-    elif 0 in interval:
-        text = "no move is established, nor that it stays: more seeds or steps would tell"
-    else:
-        text = "it moves"
-    return Verdict(optima, move, interval, text)
+    interval = Interval(*(end * doublings for end in slope.interval))
+    return Verdict(optima, slope.value * doublings, interval, costs, verdict, _TEXTS[verdict], reason)
 
 
 def _rate(rate: float, warmup: int, step: int) -> float:

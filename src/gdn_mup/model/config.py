@@ -61,6 +61,17 @@ class ModelShape(NamedTuple):
     vocabulary_size: int
     tied_embeddings: bool
 
+    @property
+    def parameters(self) -> int:
+        """How many numbers are trained."""
+        keys, values = self.heads * self.head_dim, self.heads * self.value_head_dim
+        projections = self.width * (2 * keys + 3 * values + 2 * self.heads)  # q, k; v, g, o; W_a, W_b
+        convolutions = self.conv_size * (2 * keys + values)
+        vectors = 2 * self.width + self.value_head_dim + 2 * self.heads  # gains; A_log, dt_bias
+        block = projections + convolutions + vectors + 3 * self.width * self.mlp_width
+        tables = (1 if self.tied_embeddings else 2) * self.vocabulary_size * self.width
+        return self.layers * block + tables + self.width
+
 
 def model_shape(model: ModelSettings, width: int, growth: GrowthMode, vocabulary_size: int) -> ModelShape:
     """The model at `width`, grown from the base width by more heads or by larger heads.

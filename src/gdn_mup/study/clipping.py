@@ -54,7 +54,7 @@ def clipped_sweeps(dataset: xr.Dataset) -> list[ClippedSweeps]:
                 rates = [rate for sweep in sweeps.values() if (rate := transferred_rate(sweep)) is not None]
                 if sweeps:
                     lowest = min(float(losses.columns[0]) for s in sweeps.values() for losses in s.curves.values())
-                    training = _training(dataset, growth, optimizer)
+                    training = experiment_training(dataset, "clipping_checks", growth, optimizer)
                     found.append(ClippedSweeps(sweeps, min(rates, default=lowest), float(training["clip_norm"])))
     if not found:
         raise UserError("the dataset has no clipping check; add one under `clipping_checks` and run it")
@@ -124,15 +124,51 @@ def norm_exponents(dataset: xr.Dataset, table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _training(dataset: xr.Dataset, growth: str, optimizer: str) -> dict[str, Any]:
-    """The training settings of one of the study's clipping checks."""
-    study = json.loads(dataset.attrs["settings"])
-    own = next(
-        check["training"]
-        for check in study["clipping_checks"]
-        if (check["growth"], check["optimizer"]) == (growth, optimizer)
+def clipped_share(dataset: xr.Dataset, growth: str, optimizer: str, rules: str) -> xr.DataArray:
+    """The share of a sweep's updates that were clipped [width, seed, learning_rate]; NaN where nothing was run.
+
+    dataset: a collected `lr_sweep`. Updates after a divergence are none.
+    """
+    training = experiment_training(dataset, "sweeps", growth, optimizer)
+    norm = dataset.grad_norm.sel(growth=growth, optimizer=optimizer, rules=rules)
+    known = norm.notnull()
+    clipped = norm > (np.inf if training["clipping"] == "none" else training["clip_norm"])
+    return (clipped.sum("step") / known.sum("step").where(known.any("step"))).transpose(
+        "width", "seed", "learning_rate"
     )
-    return dict(study["training"] | own)
+
+
+def clipped_by_width(dataset: xr.Dataset, sweep: Transfer) -> dict[int, float]:
+    """`clipped_share` at the learning rate transferred from the base width, mean over seeds, by width."""
+    rate = transferred_rate(sweep)
+    if rate is None:
+        return {}
+    share = clipped_share(dataset, sweep.growth, sweep.optimizer, sweep.rules).sel(learning_rate=rate).mean("seed")
+    return {width: float(share.sel(width=width)) for width in sweep.widths}
+
+
+def is_clipped(dataset: xr.Dataset, sweep: Transfer) -> str:
+    """The norm by which most updates are clipped at the widest width, "none" if most are not."""
+    shares = clipped_by_width(dataset, sweep)
+    most = bool(shares) and list(shares.values())[-1] > 0.5
+    training = experiment_training(dataset, "sweeps", sweep.growth, sweep.optimizer)
+    return str(training["clipping"]) if most else "none"
+
+
+def clipped_in_words(dataset: xr.Dataset, sweep: Transfer) -> str:
+    """The share of updates clipped at the transferred learning rate, from the base width to the widest."""
+    shares = clipped_by_width(dataset, sweep)
+    if not shares:
+        return "share of updates clipped unknown: no learning rate to compare at"
+    values = " ".join(f"{100 * share:.0f}" for share in shares.values())
+    return f"{values} % of updates clipped at widths {', '.join(map(str, shares))}"
+
+
+def experiment_training(dataset: xr.Dataset, section: str, growth: str, optimizer: str) -> dict[str, Any]:
+    """The training settings of one of the study's experiments."""
+    study = json.loads(dataset.attrs["settings"])
+    overrides = {(each["growth"], each["optimizer"]): each["training"] for each in study[section]}
+    return dict(study["training"] | overrides.get((growth, optimizer), {}))
 
 
 def geometric_mean(values: np.ndarray) -> float:

@@ -39,6 +39,7 @@ MEASURES = {
     "update_rms": ("parameter", "update"),
 }
 GATES = ("dt_bias", "A_log", "alpha_projection", "beta_projection")
+_SCALARS = ("dt_bias", "A_log")  # both sum the gradients of W_a x + dt_bias over tokens
 PREMISES: tuple[Premise, ...] = get_args(Premise)
 
 
@@ -92,6 +93,38 @@ def gate_gradients(dataset: xr.Dataset) -> pd.DataFrame:
             for row in table.itertuples()
         ]
     return table
+
+
+def pooled_gate_gradients(dataset: xr.Dataset) -> pd.DataFrame:
+    """`gate_gradients` of all gates together: one row per growth, optimizer, rules and step after 0.
+
+    Each measurement counts once: A_log and dt_bias, whose gradients are sums of the same products, are one.
+    """
+    single = gate_gradients(dataset)
+    steps = [step for step in dataset.step.values.tolist() if step > 0]
+    gates = [name for name in GATES if name in dataset.parameter.values]
+    gradient = dataset.gradient_rms.sel(step=steps, parameter=gates)
+    sizes = np.log(gradient.where(gradient > 0)).mean("layer")
+    scalars = [name for name in gates if name in _SCALARS]
+    apart = [sizes.sel(parameter=[name]) for name in gates if name not in _SCALARS]
+    together = [sizes.sel(parameter=scalars).mean("parameter", skipna=False).expand_dims(parameter=["scalars"])]
+    pooled = np.exp(xr.concat([*apart, *together * bool(scalars)], "parameter").mean("parameter", skipna=False))
+    keys = ["growth", "optimizer", "rules", "step"]
+    premises = single.groupby(keys, sort=False)[list(PREMISES)].mean().reset_index()
+    return _fitted(pooled, ("growth", "optimizer", "rules", "step")).merge(premises, on=keys)
+
+
+def predicted_growth(rules: str, optimizer: str, growth: str, clipped: str) -> float:
+    """The exponent of what an update changes in the residual stream; the least of several answers.
+
+    `clipped`: the norm by which every update is clipped, or "none".
+    """
+    answers = [
+        predict(rules, optimizer, growth, premise=premise, response=response, clipping=clipped).change
+        for premise in PREMISES
+        for response in get_args(Response)
+    ]
+    return min(max(value for (name, _), value in change.items() if name == "residual") for change in answers)
 
 
 def _fitted(sizes: xr.DataArray, keys: tuple[str, ...]) -> pd.DataFrame:

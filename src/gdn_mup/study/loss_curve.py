@@ -8,11 +8,14 @@ walls       Losses rise by nats away from a valley that is hundredths deep, and 
             the valley's floor. The process is one of VALLEY · log(1 + excess / VALLEY), where excess is above the least
             loss measured. A monotone function moves no minimum, and this one makes walls about as steep as the floor.
 edge        Training may be stable up to some learning rate and not beyond, where the loss jumps upwards. Whether there
-            is such an edge, and between which learning rates, is averaged over by likelihood: with an edge, what lies
-            beyond is no part of the process, and is what was measured, joined by straight lines.
+            is such an edge, and between which learning rates, is averaged over by likelihood. What lies beyond an edge
+            is no part of the process, and neither is its noise part of the noise below. Seeds fall off at places
+            of their own, so that there may be some on both sides: what is drawn is the expected loss, and how many
+            have fallen says where the edge is and how sharp.
 noise       Runs scatter more where training is unstable. A learning rate's noise is taken from the differences between
             it and its neighbours, since what a seed has at all learning rates moves no minimum; with few seeds these
-            are moderated by the median over the grid (G. K. Smyth, 2004, doi 10.2202/1544-6115.1027).
+            are moderated by the median over the grid (G. K. Smyth, 2004, doi 10.2202/1544-6115.1027). Neighbours a
+            quarter of an octave apart share a third of a run's noise, those an octave apart none.
 
 The constants are set once, for losses in nats per token, such that intervals cover on the sweeps with known truth of
 tests/test_coverage.py, which prints by how much. Draws carry noise and grid at once, and nothing is resampled: three
@@ -24,7 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special, stats
 
 Array = NDArray[np.float64]
 
@@ -37,6 +40,10 @@ _LENGTH = 3.0  # octaves
 _LEVEL = 1.0  # nats: standard deviation of its mean, in effect free
 _EDGES = 0.15  # an octave, above the best learning rate
 _JUMPS = stats.t(df=2, scale=0.1)  # nats, from one learning rate to the next from the edge on
+_SPREAD = 0.25  # octaves: of the places where seeds fall off
+_GAP = 0.15  # nats between seeds that fell off at a learning rate and those that did not
+_ALIKE = 0.22  # octaves over which a run's own noise forgets: variogram of study h200_fine's 24 seeds
+_TRIED = 20  # places and spreads that are drawn for each one that is kept
 _MODERATION = 4.0  # degrees of freedom that the median noise counts for
 _LEAST_NOISE = 1e-4  # nats: made-up losses may have none
 _FINE = 16  # places per octave at which curves are drawn
@@ -84,41 +91,72 @@ def draw_curves(grid: Array, losses: Array, random: np.random.Generator) -> Curv
     best = int(mean.argmin())
     stretch = 1 + (mean - mean[best]) / _VALLEY  # nats per nat of what the process is of
     heights = _VALLEY * np.log(stretch)
-    noise = _noise_variance(losses, heights, stretch)
     fine = max(2, round(step * _FINE))  # places per step, so that the grid is among them
     places = grid[0] + np.arange(fine * (points - 1) + 1) * step / fine
-    prior = _covariance(len(places), round(step / fine, 9))
-    at_grid = prior[::fine, ::fine]
 
     # The process is of the first `regular` learning rates: of all, or of those below an edge.
-    regular = np.arange(best + 1, points + 1)
+    prior = _covariance(len(places), round(step / fine, 9))
+    at_grid = prior[::fine, ::fine]
+    regular = list(range(best + 1, points + 1))
+    noises = [_noise(losses[:, :seen], heights[:seen], stretch[:seen], step) for seen in regular]
+    jumps = _JUMPS.logpdf(np.diff(heights))
     below = step * np.arange(len(regular))  # octaves above the best learning rate without an edge
     log_weights = -_EDGES * below + np.log(np.append(np.full(len(regular) - 1, -np.expm1(-_EDGES * step)), 1.0))
-    jumps = _JUMPS.logpdf(np.diff(heights))
-    for case, seen in enumerate(regular.tolist()):
-        of_seen = at_grid[:seen, :seen] + np.diag(noise[:seen])
-        log_weights[case] += stats.multivariate_normal.logpdf(heights[:seen], cov=of_seen) + jumps[seen - 1 :].sum()
+    for case, (seen, noise) in enumerate(zip(regular, noises, strict=True)):
+        of_seen = at_grid[:seen, :seen] + noise.covariance
+        log_weights[case] += stats.multivariate_normal.logpdf(heights[:seen], cov=of_seen) + noise.log_likelihood
+        log_weights[case] += jumps[seen - 1 :].sum()
     weights = np.exp(log_weights - log_weights.max())
     chosen = random.choice(len(regular), DRAWS, p=weights / weights.sum())
 
     drawn: Array = np.empty((DRAWS, len(places)))
-    for case, seen in enumerate(regular.tolist()):
+    for case, (seen, noise) in enumerate(zip(regular, noises, strict=True)):
         mine = chosen == case
         count = int(mine.sum())
         if count == 0:
             continue
         across = prior[:, ::fine][:, :seen]
-        gain = np.linalg.solve(at_grid[:seen, :seen] + np.diag(noise[:seen]), across.T).T
+        gain = np.linalg.solve(at_grid[:seen, :seen] + noise.covariance, across.T).T
         covariance = prior - gain @ across.T + _JITTER * np.eye(len(places))
-        curves = random.multivariate_normal(gain @ heights[:seen], covariance, count, method="cholesky")
+        heights_drawn = random.multivariate_normal(gain @ heights[:seen], covariance, count, method="cholesky")
+        curves = _VALLEY * np.expm1(heights_drawn / _VALLEY)
         if seen < points:
-            edge = grid[seen - 1] + step * random.uniform(size=(count, 1))
-            beyond = heights[seen:] + np.sqrt(noise[seen:]) * random.standard_normal((count, points - seen))
-            hats = np.array([np.interp(places, grid[seen:], one) for one in np.eye(points - seen)])
-            curves = np.where(places > edge, beyond @ hats, curves)
+            curves = _off_the_edge(curves, places, grid, losses - mean[best], seen, random)
         drawn[mine] = curves
-    drawn = mean[best] + _VALLEY * np.expm1(drawn / _VALLEY)
+    drawn += mean[best]
     return Curves(places, drawn, np.asarray(np.median(drawn, axis=0)))
+
+
+def _off_the_edge(
+    curves: Array, places: Array, grid: Array, losses: Array, seen: int, random: np.random.Generator
+) -> Array:
+    """Curves [draws, places] of which only the first `seen` learning rates are regular, as expected losses beyond.
+
+    Seeds fall off at places of their own, about a common one. That and their spread are drawn from what fits the number
+    of seeds that have fallen at the first learning rate with any, and that none had one below it.
+    """
+    count, seeds, step = len(curves), len(losses), grid[1] - grid[0]
+    fallen = _has_fallen(losses[:, seen])
+    beyond = losses[:, seen:].mean(axis=0)
+    beyond[0] = losses[fallen, seen].mean()
+    beyond = np.interp(places, grid[seen:], beyond)
+    tried = _TRIED * count
+    place = grid[seen - 1] + step * random.uniform(size=tried)
+    spread = _SPREAD * np.abs(random.standard_normal(tried)) + 1e-3
+    before, after = (special.ndtr((rate - place) / spread) for rate in grid[seen - 1 : seen + 1])
+    odds = (1 - before) ** seeds * after ** fallen.sum() * (1 - after) ** (seeds - fallen.sum()) + 1e-300
+    kept = random.choice(tried, count, p=odds / odds.sum())
+    off = special.ndtr((places - place[kept, None]) / spread[kept, None])
+    return np.asarray(curves + off * (beyond - curves))
+
+
+def _has_fallen(losses: Array) -> Array:
+    """Which seeds [seeds] fell off at the first learning rate beyond an edge: those above the widest gap, or all."""
+    ordered = np.sort(losses)
+    gaps = np.diff(ordered)
+    if len(gaps) == 0 or gaps.max() < _GAP:
+        return np.ones(len(losses), bool)
+    return np.asarray(losses > ordered[gaps.argmax()])
 
 
 def _value_at(places: Array, curves: Array, place: Array) -> Array:
@@ -131,23 +169,37 @@ def _value_at(places: Array, curves: Array, place: Array) -> Array:
     return np.where(inside, value, np.inf)
 
 
-def _noise_variance(losses: Array, heights: Array, stretch: Array) -> Array:
-    """Variance [learning rates] that noise gives to heights [learning rates], the process's view of the mean loss.
+class _Noise(NamedTuple):
+    """What noise does to heights: its `covariance` [learning rates, learning rates], and how likely it is that some
+    learning rates have so much more of it than is usual, against that they have what is usual."""
 
-    losses [seeds, learning rates]; stretch [learning rates]: nats of loss per nat of height.
+    covariance: Array
+    log_likelihood: float
+
+
+def _noise(losses: Array, heights: Array, stretch: Array, step: float) -> _Noise:
+    """Noise of the heights [learning rates], the process's view of the mean loss.
+
+    losses [seeds, learning rates]; stretch [learning rates]: nats of loss per nat of height; step: octaves.
     """
     seeds, points = losses.shape
+    distance = step * np.abs(np.subtract.outer(np.arange(points), np.arange(points)))
     if seeds == 1:  # third differences stand in for noise, 20 times its variance; they overstate it
         third = np.diff(heights, n=3) ** 2 / 20
-        return np.full(points, max(float(np.mean(third)), _LEAST_NOISE**2))
-    between = np.diff(losses - losses.mean(axis=0), axis=1)  # what a seed has at all learning rates is not in it
-    variance = (between**2).sum(axis=0) / (seeds - 1) / 2
+        return _Noise(np.eye(points) * max(float(np.mean(third)) if len(third) else 0.0, _LEAST_NOISE**2), 0.0)
+    departure = losses - losses.mean(axis=0)
+    between = np.diff(departure, axis=1)  # what a seed has at all learning rates is not in it
+    variance = (between**2).sum(axis=0) / (seeds - 1) / 2 / -np.expm1(-step / _ALIKE)
     local = np.array([variance[max(0, i - 1) : i + 1].mean() for i in range(points)]) / stretch**2
     freedom = 1.5 * (seeds - 1)  # of two differences that share a learning rate
     usual = max(float(np.median(local)) * freedom / float(stats.chi2.median(freedom)), _LEAST_NOISE**2)
     moderated = (_MODERATION * usual + freedom * local) / (_MODERATION + freedom)
+    ratio = np.append(1, np.maximum(local / usual, 1))  # less noise than usual is no sign of anything
+    likelihood = stats.f.logpdf(ratio, freedom, _MODERATION) + np.log(ratio)  # of the logarithm of the ratio
+    unlike = likelihood[1:] - likelihood[0]
     # Larger by what the variance of Student's t is above that of the normal distribution.
-    return moderated * (_MODERATION + freedom) / (_MODERATION + freedom - 2) / seeds
+    size = np.sqrt(moderated * (_MODERATION + freedom) / (_MODERATION + freedom - 2) / seeds)
+    return _Noise(np.outer(size, size) * np.exp(-distance / _ALIKE), float(unlike.sum()))
 
 
 @lru_cache(maxsize=64)

@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from gdn_mup.study.estimates import Estimate, over_seeds
 from gdn_mup.study.optimum import Transfer, best_loss_differences, best_rate, percentiles, transfers
-from gdn_mup.study.seeds import Estimate, over_seeds
 
 TRANSFERRED, OWN_BEST = "transferred", "own best"
 _SAME = 1e-6  # octaves: learning rates no farther apart are one
@@ -57,11 +57,11 @@ def best_losses_less(sweep: Transfer, reference: Transfer) -> dict[int, Estimate
         if sweep.optima[width].bracketed and reference.optima[width].bracketed
     ]
     if all(sweep.curves[width].equals(reference.curves[width]) for width in widths):
-        return dict.fromkeys(widths, Estimate(0.0, 0.0, 0.0))
+        return dict.fromkeys(widths, Estimate.of(0.0, 0.0, 0.0))
     pairs = [(sweep.optima[width], reference.optima[width]) for width in widths]
     draws = best_loss_differences(*zip(*pairs, strict=True))
     return {
-        width: Estimate(one.loss - other.loss, *percentiles(drawn))
+        width: Estimate(one.loss - other.loss, percentiles(drawn))
         for width, (one, other), drawn in zip(widths, pairs, draws, strict=True)
     }
 
@@ -81,7 +81,7 @@ def loss_table(dataset: xr.Dataset) -> pd.DataFrame:
             }
             for name, (of, at_rate) in ways.items():
                 losses = at_rate.to_numpy()
-                value, low, high = over_seeds(losses) if np.isfinite(losses).all() else (losses[0], np.nan, np.nan)
+                loss = over_seeds(losses) if np.isfinite(losses).all() else Estimate(losses[0])
                 rows.append(
                     {
                         "growth": sweep.growth,
@@ -91,9 +91,9 @@ def loss_table(dataset: xr.Dataset) -> pd.DataFrame:
                         "learning_rate": name,
                         "log2_learning_rate": best_rate(sweep, of),
                         "bracketed": of in sweep.optima and sweep.optima[of].bracketed,
-                        "loss": value,
-                        "low": low,
-                        "high": high,
+                        "loss": loss.value,
+                        "low": loss.low,
+                        "high": loss.high,
                         "seeds": len(losses),
                     }
                 )

@@ -12,7 +12,7 @@ import xarray as xr
 from scipy import stats
 
 from gdn_mup.errors import UserError
-from gdn_mup.study.seeds import Estimate, over_seeds
+from gdn_mup.study.estimates import Estimate, over_seeds
 
 ROUNDING = 1e-10  # a relative change below this is none: float64 rounds at 1e-16, and a backward pass adds that up
 
@@ -68,7 +68,7 @@ def multiplier_verdict(
     epsilons = " and ".join(f"{epsilon:.0e}" for epsilon in sorted(above.epsilon.unique()))
     reason += (
         f"; at ε = {epsilons} that of W_o changes by {least:.1e} to "
-        f"{most:.1e}, with rank correlation {trend.value:.2f} [{trend.low:.2f}, {trend.high:.2f}] to mean(o²) / ε"
+        f"{most:.1e}, with rank correlation {trend.signed()} to mean(o²) / ε"
     )
     if trend.high < 0:
         return "reproduced", f"{reason}: the effect is that of ε"
@@ -86,4 +86,4 @@ def _trend(above: pd.DataFrame) -> Estimate:
         if len(seed) > 2 and seed.reader_change.nunique() > 1
     ]
     within = np.clip(correlations, -0.999, 0.999)  # a correlation of ±1 has no finite transform
-    return Estimate(*np.tanh(over_seeds(np.arctanh(within))))
+    return Estimate.of(*np.tanh(over_seeds(np.arctanh(within)).numbers))

@@ -12,7 +12,7 @@ The intervals hold what they promise on curves like those of real sweeps (tests/
 
 import json
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
@@ -27,27 +27,14 @@ from statsmodels.tools import add_constant
 
 from gdn_mup.errors import UserError
 from gdn_mup.study import loss_curve
+from gdn_mup.study.estimates import NOWHERE, TAIL, Estimate, Interval
 from gdn_mup.study.loss_curve import FEWEST_POINTS, Curves, draw_curves
 from gdn_mup.training.config import TrainingSettings
 
 Array = NDArray[np.float64]
 
-TAIL = 0.025  # probability outside a 95 % interval, on either side
 _NORMAL_95 = stats.norm.isf(TAIL)  # half width of a 95 % interval in standard deviations
 _NO_CURVES = Curves(np.empty(0), np.empty((0, 0)), np.empty(0))
-
-
-class Interval(NamedTuple):
-    """A 95 % interval."""
-
-    low: float
-    high: float
-
-    def __contains__(self, value: object) -> bool:
-        return isinstance(value, int | float) and self.low <= value <= self.high
-
-
-NOWHERE = Interval(np.nan, np.nan)
 
 
 @dataclass(frozen=True)
@@ -56,6 +43,8 @@ class Optimum:
 
     `grid` [learning rates] and `losses` [seeds, learning rates] are the stretch without divergence that the minimum
     lies in, `curves` the draws over it; `draws` and `loss_draws` [draws] are place and value of their minima.
+    `loss` is what the curve has there, or the least mean of the grid and its standard error, if that is less: a smooth
+    curve may pass above what was measured, an estimate must not.
     `diverges_above`: the learning rate that follows `grid` diverges.
     """
 
@@ -78,26 +67,11 @@ class Optimum:
 
 
 @dataclass(frozen=True)
-class Regret:
-    """Loss at the transferred learning rate minus the best loss at the same width, in nats per token.
-
-    Infinite if training diverges at the transferred learning rate.
-    """
-
-    value: float = np.nan
-    interval: Interval = NOWHERE
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class Slope:
+class Slope(Estimate):
     """Change of the log₂ optimum per doubling of width, in octaves. `widths` are those with an optimum."""
 
-    value: float = np.nan
-    interval: Interval = NOWHERE
     intercept: float = np.nan  # log₂ learning rate at width 1
     widths: tuple[int, ...] = ()
-    reason: str = ""
 
 
 def find_optimum(log2_learning_rate: Array, losses: Array, random: np.random.Generator) -> Optimum:
@@ -133,7 +107,7 @@ def find_optimum(log2_learning_rate: Array, losses: Array, random: np.random.Gen
     return Optimum(
         log2_learning_rate=estimate,
         interval=percentiles(draws),
-        loss=drawn.middle_at(estimate),
+        loss=min(drawn.middle_at(estimate), mean[best] + _error(losses[:, best])),
         loss_interval=percentiles(loss_draws + seed_noise([seed_effects(losses)], random)[0]),
         diverges_above=last < len(finite) - 1,
         grid=grid,
@@ -144,29 +118,30 @@ def find_optimum(log2_learning_rate: Array, losses: Array, random: np.random.Gen
     )
 
 
-def transfer_regret(optimum: Optimum, base: Optimum) -> Regret:
-    """What it costs at a width to train with the base width's optimum.
+def transfer_regret(optimum: Optimum, base: Optimum) -> Estimate:
+    """What it costs at a width to train with the base width's optimum: the loss there less the best, nats per token.
 
-    A regret cannot be negative, and is 0 when the two optima coincide: its interval is that of the signed
-    square root, which passes through 0 smoothly, so that it begins at 0 exactly when the interval of the
-    distance between the optima contains 0.
+    Infinite if training diverges at the transferred learning rate. It cannot be negative, and is 0 when the two optima
+    coincide: its interval is that of the signed square root, which passes through 0 smoothly, so that it begins at 0
+    exactly when the interval of the distance between the optima contains 0.
     """
     if optimum is base:
-        return Regret(0.0, Interval(0.0, 0.0))
+        return Estimate(0.0, Interval(0.0, 0.0))
     if not base.bracketed:
-        return Regret(reason=f"no optimum at the base width: {base.reason}")
+        return Estimate(reason=f"no optimum at the base width: {base.reason}")
     if not optimum.bracketed:
-        return Regret(reason=f"no optimum at this width: {optimum.reason}")
+        return Estimate(reason=f"no optimum at this width: {optimum.reason}")
     grid, transferred = optimum.grid, base.log2_learning_rate
     if transferred > grid[-1] and optimum.diverges_above:
-        return Regret(np.inf, Interval(np.inf, np.inf))
+        return Estimate(np.inf, Interval(np.inf, np.inf))
     if not grid[0] <= transferred <= grid[-1]:
-        return Regret(reason=f"the transferred learning rate {_power(transferred)} was not tried")
+        return Estimate(reason=f"the transferred learning rate {_power(transferred)} was not tried")
     drawn = optimum.curves
     excess = np.maximum(drawn.at(base.draws) - optimum.loss_draws, 0)
     low, high = percentiles(np.sign(base.draws - optimum.draws) * np.sqrt(excess))
     interval = Interval(0.0 if low <= 0 <= high else min(low**2, high**2), max(low**2, high**2))
-    return Regret(max(0.0, drawn.middle_at(transferred) - optimum.loss), interval)
+    cost = drawn.middle_at(transferred) - drawn.middle_at(optimum.log2_learning_rate)
+    return Estimate(max(0.0, cost), interval)
 
 
 def slope_against_width(widths: Sequence[int], optima: Sequence[Optimum]) -> Slope:
@@ -188,7 +163,7 @@ def slope_against_width(widths: Sequence[int], optima: Sequence[Optimum]) -> Slo
         np.array([optimum.log2_learning_rate for _, optimum in usable]),
         np.array([optimum.draws for _, optimum in usable]),
     )
-    return Slope(line.slope, line.slope_interval, line.intercept, used)
+    return Slope(line.slope, line.slope_interval, intercept=line.intercept, widths=used)
 
 
 class Line(NamedTuple):
@@ -279,7 +254,8 @@ class Transfer:
     """All estimates of one (growth, optimizer, rules): what a figure draws and a claim is judged on.
 
     `regret` is that of the base width's optimum; `seed_noise` the standard deviation over seeds of the loss at
-    the best learning rate of the grid (NaN with one seed). All but `slope` by width.
+    the best learning rate of the grid (NaN with one seed). All but the slopes by width. `slope_beyond_base` leaves the
+    base width out: a trend goes on there, a step between the base width and the next does not.
     """
 
     growth: str
@@ -288,9 +264,10 @@ class Transfer:
     base_width: int
     curves: dict[int, pd.DataFrame]
     optima: dict[int, Optimum]
-    regrets: dict[int, Regret]
+    regrets: dict[int, Estimate]
     seed_noise: dict[int, float]
     slope: Slope
+    slope_beyond_base: Slope
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -312,6 +289,7 @@ def transfer(dataset: xr.Dataset, growth: str, optimizer: str, rules: str, step:
         width: _optimum(f"{growth} {optimizer} {width}", tuple(losses.columns), losses.to_numpy().tobytes())
         for width, losses in found.items()
     }
+    beyond = {width: optimum for width, optimum in optima.items() if width != base_width}
     base = optima.get(base_width, Optimum(reason=f"base width {base_width} was not run"))
     return Transfer(
         growth=growth,
@@ -323,6 +301,9 @@ def transfer(dataset: xr.Dataset, growth: str, optimizer: str, rules: str, step:
         regrets={width: transfer_regret(optimum, base) for width, optimum in optima.items()},
         seed_noise={width: _seed_noise(losses) for width, losses in found.items()},
         slope=slope_against_width(list(optima), list(optima.values())),
+        slope_beyond_base=slope_against_width(*zip(*beyond.items(), strict=True))
+        if beyond
+        else Slope(reason="not run"),
     )
 
 
@@ -383,19 +364,6 @@ def transferred_rate(sweep: Transfer) -> float | None:
     return float(rates[np.abs(np.log2(rates) - best).argmin()])
 
 
-def signed(value: float) -> str:
-    """Two decimals with a sign; a true minus, and no sign on what rounds to zero."""
-    rounded = round(float(value), 2)
-    return "0.00" if rounded == 0 else f"{rounded:+.2f}".replace("-", "−")
-
-
-def signed_range(values: Iterable[float]) -> str:
-    """The least and the most of some values, or the one that they all are."""
-    ordered = sorted(values)
-    least, most = signed(ordered[0]), signed(ordered[-1])
-    return least if least == most else f"{least} to {most}"
-
-
 # Parts of the estimators
 
 
@@ -407,6 +375,11 @@ def _block(finite: NDArray[np.bool_], within: int) -> tuple[int, int]:
     while last < len(finite) - 1 and finite[last + 1]:
         last += 1
     return first, last
+
+
+def _error(losses: Array) -> float:
+    """Standard error of the mean of losses [seeds]; 0 of one seed, whose loss is all that is known."""
+    return float(losses.std(ddof=1) / np.sqrt(len(losses))) if len(losses) > 1 else 0.0
 
 
 def _seed_noise(losses: pd.DataFrame) -> float:

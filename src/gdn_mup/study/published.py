@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from gdn_mup.study.estimates import over_seeds
 from gdn_mup.study.losses import best_losses
 from gdn_mup.study.optimum import transfers
-from gdn_mup.study.seeds import over_seeds
 
 SOURCE = "arXiv 2606.04048"
 PAPER, STUDY = "paper", "this study"
@@ -122,7 +122,7 @@ def _differences_of(dataset: xr.Dataset) -> pd.DataFrame:
         }
         for name, other in others.items():
             paired = (losses - other).dropna().to_numpy(np.float64)
-            row[name], row[f"{name}_low"], row[f"{name}_high"] = over_seeds(paired)
+            row[name], row[f"{name}_low"], row[f"{name}_high"] = over_seeds(paired).numbers
         rows.append(row)
     return pd.DataFrame(rows)
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -17,11 +17,11 @@ from gdn_mup.files import replacing
 from gdn_mup.scaling.growth import Growth, Part
 from gdn_mup.scaling.rules import PRINCIPAL, RULE_SETS, RuleSet
 from gdn_mup.study.claims import Evidence, verdict_table
+from gdn_mup.study.estimates import Estimate
 from gdn_mup.study.losses import best_losses_less
-from gdn_mup.study.optimum import Slope, signed, transfers
-from gdn_mup.study.seeds import Estimate
+from gdn_mup.study.optimum import transfers
 from gdn_mup.study.titles import GROWTH_TITLES, NOT_REPORTED, OPTIMIZER_TITLES, RULE_TITLES, with_unit
-from gdn_mup.study.width_fit import Metric, asymptotic_loss_penalty, fit_error, robustness_exponent
+from gdn_mup.study.width_fit import asymptotic_loss_penalty, fit_error, robustness_exponent
 
 
 def save(table: pd.DataFrame, stem: Path | str, printed: pd.DataFrame | None = None) -> None:
@@ -220,7 +220,7 @@ def optima(dataset: xr.Dataset) -> pd.DataFrame:
         differences = {name: best_losses_less(sweep, other) for name, other in others.items() if other}
         for width, optimum in sweep.optima.items():
             regret = sweep.regrets[width]
-            less = {name: differences.get(name, {}).get(width, Estimate(*[np.nan] * 3)) for name in COMPARED_WITH}
+            less = {name: differences.get(name, {}).get(width, Estimate()) for name in COMPARED_WITH}
             rows.append(
                 {
                     "growth": growth,
@@ -237,7 +237,7 @@ def optima(dataset: xr.Dataset) -> pd.DataFrame:
                     **{
                         f"loss_less_{name}{end}": number
                         for name, estimate in less.items()
-                        for end, number in zip(("", "_low", "_high"), estimate, strict=True)
+                        for end, number in zip(("", "_low", "_high"), estimate.numbers, strict=True)
                     },
                     "transfer_regret": regret.value,
                     "transfer_regret_low": regret.interval.low,
@@ -258,25 +258,23 @@ def printed_optima(table: pd.DataFrame) -> pd.DataFrame:
         if row.not_bracketed:
             best = f"not bracketed: {row.not_bracketed}"
         else:
-            low, high = row.log2_learning_rate_low, row.log2_learning_rate_high
-            best = f"{signed(row.log2_learning_rate)} [{signed(low)}, {signed(high)}]"
+            best = _estimate(row, "log2_learning_rate").signed()
         if row.no_regret:
             regret = "–"
         elif np.isinf(row.transfer_regret):
             regret = "diverges"
         else:
-            ends = row.transfer_regret_low, row.transfer_regret_high
-            regret = f"{row.transfer_regret:.3f} [{ends[0]:.3f}, {ends[1]:.3f}]"
-        loss = "–" if np.isnan(row.loss) else f"{row.loss:.3f} [{row.loss_low:.3f}, {row.loss_high:.3f}]"
+            regret = _estimate(row, "transfer_regret").plain()
+        loss = "–" if np.isnan(row.loss) else _estimate(row, "loss").plain()
         less = {}
         for name in compared:
-            value, lowest, highest = (getattr(row, f"loss_less_{name}{end}") for end in ("", "_low", "_high"))
-            if np.isnan(value):
+            difference = _estimate(row, f"loss_less_{name}")
+            if np.isnan(difference.value):
                 words = "–"
-            elif lowest == highest:
+            elif difference.low == difference.high:
                 words = "the same runs"
             else:
-                words = f"{signed(value)} [{signed(lowest)}, {signed(highest)}]"
+                words = difference.signed()
             less[f"loss less {RULE_TITLES[name]}'s"] = words
         rows.append(
             {
@@ -292,6 +290,11 @@ def printed_optima(table: pd.DataFrame) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+def _estimate(row: Any, name: str) -> Estimate:
+    """A table's number and its interval."""
+    return Estimate.of(*(getattr(row, f"{name}{end}") for end in ("", "_low", "_high")))
 
 
 # Metrics of transfer
@@ -316,13 +319,13 @@ def transfer_metrics(dataset: xr.Dataset) -> pd.DataFrame:
         }
         reference = sweeps.get((growth, optimizer, "sp"))
         if rules == "sp" or reference is None:
-            penalty = Metric(reason="this is SP" if rules == "sp" else "no sweep under SP")
+            penalty = Estimate(reason="this is SP" if rules == "sp" else "no sweep under SP")
         else:
             shared = [width for width in sweep.widths if width in reference.optima]
             penalty = asymptotic_loss_penalty(
                 shared, [sweep.optima[width] for width in shared], [reference.optima[width] for width in shared]
             )
-        estimates: dict[str, Slope | Metric] = {
+        estimates: dict[str, Estimate] = {
             "slope": sweep.slope,
             "fit_error": fit_error(sweep.widths, optima),
             "robustness_exponent": robustness_exponent(sweep.widths, optima),
@@ -344,17 +347,15 @@ def printed_transfer_metrics(table: pd.DataFrame) -> pd.DataFrame:
         "loss_penalty": "asymptotic loss penalty against SP (nats/token)",
     }
     rows = []
-    for row in table.to_dict("records"):
+    for row in table.itertuples():
         printed = {
-            "growth by": GROWTH_TITLES[row["growth"]],
-            "optimizer": OPTIMIZER_TITLES[row["optimizer"]],
-            "rules": RULE_TITLES[row["rules"]],
-            "widths with an optimum": f"{row['bracketed']} of {row['widths']}",
+            "growth by": GROWTH_TITLES[row.growth],
+            "optimizer": OPTIMIZER_TITLES[row.optimizer],
+            "rules": RULE_TITLES[row.rules],
+            "widths with an optimum": f"{row.bracketed} of {row.widths}",
         }
         for name, title in columns.items():
-            ends = row[f"{name}_low"], row[f"{name}_high"]
-            known = not row[f"no_{name}"]
-            printed[title] = f"{signed(row[name])} [{signed(ends[0])}, {signed(ends[1])}]" if known else "–"
+            printed[title] = "–" if getattr(row, f"no_{name}") else _estimate(row, name).signed()
         rows.append(printed)
     return pd.DataFrame(rows)
 

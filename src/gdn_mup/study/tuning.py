@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from gdn_mup.errors import UserError
-from gdn_mup.study.optimum import TAIL
-from gdn_mup.study.seeds import Estimate, over_seeds
+from gdn_mup.study.estimates import TAIL, Estimate, over_seeds
 
 Array = NDArray[np.float64]
 
@@ -88,7 +87,7 @@ class Search:
         for seed, losses in zip(self.seeds[width], self.losses[width], strict=True):
             others = base[base_seeds != seed]
             if len(others) == 0:
-                return Estimate(np.nan, np.nan, np.nan)
+                return Estimate()
             choice = choose(others)
             (transferred,) = choice.transferred(losses[None])
             without.append(transferred[DEFAULT])
@@ -103,13 +102,13 @@ class Search:
         """
         base, here = (self.transferred(w).mean(axis=0) for w in (self.base_width, width))
         if len(np.unique(base)) < 2 or len(np.unique(here)) < 2:
-            return Estimate(np.nan, np.nan, np.nan)
+            return Estimate()
         value = float(stats.spearmanr(base, here).statistic)
         if len(base) < 5:
-            return Estimate(value, np.nan, np.nan)
+            return Estimate(value)
         centre = np.arctanh(np.clip(value, -0.999, 0.999))  # a correlation of ±1 has no finite transform
         half_width = stats.norm.isf(TAIL) * np.sqrt((1 + value**2 / 2) / (len(base) - 3))
-        return Estimate(value, *np.tanh([centre - half_width, centre + half_width]))
+        return Estimate.of(value, *np.tanh([centre - half_width, centre + half_width]))
 
     def regret(self, width: int) -> Estimate:
         """What the base width's choice costs against the best trial and learning rate at a width, paired by seed.
@@ -126,7 +125,7 @@ def _paired(losses: Array, others: Array) -> Estimate:
     """Mean of losses - others over seeds; without ends if some diverged, and infinite if those are on one side."""
     diverged = not np.isfinite(losses).all(), not np.isfinite(others).all()
     if any(diverged):
-        return Estimate({(True, False): np.inf, (False, True): -np.inf}.get(diverged, np.nan), np.nan, np.nan)
+        return Estimate({(True, False): np.inf, (False, True): -np.inf}.get(diverged, np.nan))
     return over_seeds(losses - others)
 
 
@@ -203,4 +202,4 @@ def tuning_table(dataset: xr.Dataset) -> pd.DataFrame:
 
 
 def _columns(name: str, estimate: Estimate) -> dict[str, float]:
-    return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+    return dict(zip((name, f"{name}_low", f"{name}_high"), estimate.numbers, strict=True))

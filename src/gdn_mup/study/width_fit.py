@@ -7,27 +7,18 @@ agree with ours.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import optimize, stats
 
-from gdn_mup.study.optimum import NOWHERE, TAIL, Interval, Optimum, best_loss_differences, fit_line, standard_errors
+from gdn_mup.study.estimates import TAIL, Estimate, Interval
+from gdn_mup.study.optimum import Optimum, best_loss_differences, fit_line, standard_errors
 
 Array = NDArray[np.float64]
 
 _EXTRAPOLATION_ERROR = 0.5  # octaves off the optimum at which robustness looks
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A number with its 95 % interval, or the reason why there is none."""
-
-    value: float = np.nan
-    interval: Interval = NOWHERE
-    reason: str = ""
 
 
 class Exponents(NamedTuple):
@@ -66,7 +57,7 @@ def width_exponent(widths: Sequence[int], sizes: ArrayLike) -> Exponents:
     return Exponents(value, value - half_width, value + half_width)
 
 
-def fit_error(widths: Sequence[int], optima: Sequence[Optimum]) -> Metric:
+def fit_error(widths: Sequence[int], optima: Sequence[Optimum]) -> Estimate:
     """How far the true optima lie from a power law of width: standard deviation about the line, in octaves.
 
     That is what remains of the scatter about `slope_against_width`'s line after each optimum's own uncertainty is
@@ -76,7 +67,7 @@ def fit_error(widths: Sequence[int], optima: Sequence[Optimum]) -> Metric:
     """
     used, usable = _bracketed(widths, optima)
     if len(used) < 3:
-        return Metric(reason="fewer than three widths have an optimum")
+        return Estimate(reason="fewer than three widths have an optimum")
     values = np.array([optimum.log2_learning_rate for optimum in usable])
     sizes = standard_errors(np.array([optimum.draws for optimum in usable]))
     freedom = len(used) - 2
@@ -94,10 +85,10 @@ def fit_error(widths: Sequence[int], optima: Sequence[Optimum]) -> Metric:
         return float(optimize.brentq(lambda extra: scatter(extra) - target, 0.0, far, xtol=1e-4))
 
     low, high = (where(float(stats.chi2.ppf(p, freedom))) for p in (1 - TAIL, TAIL))
-    return Metric(where(float(freedom)), Interval(low, high))
+    return Estimate(where(float(freedom)), Interval(low, high))
 
 
-def robustness_exponent(widths: Sequence[int], optima: Sequence[Optimum]) -> Metric:
+def robustness_exponent(widths: Sequence[int], optima: Sequence[Optimum]) -> Estimate:
     """The power of width that the cost of an extrapolation error grows with.
 
     The cost at a width is the mean rise of the loss half an octave above and below the optimum (a step, on a coarser
@@ -106,21 +97,21 @@ def robustness_exponent(widths: Sequence[int], optima: Sequence[Optimum]) -> Met
     """
     used, usable = _bracketed(widths, optima)
     if len(used) < 2:
-        return Metric(reason="fewer than two widths have an optimum")
+        return Estimate(reason="fewer than two widths have an optimum")
     error = max(_EXTRAPOLATION_ERROR, *(float(optimum.grid[1] - optimum.grid[0]) for optimum in usable))
     costs = []
     for width, optimum in zip(used, usable, strict=True):
         sides = [optimum.curves.at(optimum.draws + off) for off in (-error, error)]
         cost = np.mean(sides, axis=0) - optimum.loss_draws
         if not (np.isfinite(cost) & (cost > 0)).mean() > 1 - TAIL:
-            return Metric(reason=f"width {width}: no losses {error:.2g} octaves to either side of the optimum")
+            return Estimate(reason=f"width {width}: no losses {error:.2g} octaves to either side of the optimum")
         costs.append(np.where(np.isfinite(cost) & (cost > 0), cost, np.median(cost)))
     draws = np.log(np.array(costs))
     line = fit_line(np.log(used), np.median(draws, axis=1), draws)
-    return Metric(line.slope, line.slope_interval)
+    return Estimate(line.slope, line.slope_interval)
 
 
-def asymptotic_loss_penalty(widths: Sequence[int], optima: Sequence[Optimum], reference: Sequence[Optimum]) -> Metric:
+def asymptotic_loss_penalty(widths: Sequence[int], optima: Sequence[Optimum], reference: Sequence[Optimum]) -> Estimate:
     """What a parametrization costs in the limit of infinite width, both at their best learning rates: nats per token.
 
     The difference of the best losses, `optima` less `reference` [widths], seeds paired, is taken to approach its limit
@@ -134,10 +125,10 @@ def asymptotic_loss_penalty(widths: Sequence[int], optima: Sequence[Optimum], re
         if not np.array_equal(one.losses, other.losses)
     ]
     if len(pairs) < 2:
-        return Metric(reason="fewer than two widths at which both have an optimum and differ")
+        return Estimate(reason="fewer than two widths at which both have an optimum and differ")
     draws = best_loss_differences([one for _, one, _ in pairs], [other for _, _, other in pairs])
     line = fit_line(1 / np.array([width for width, _, _ in pairs]), np.median(draws, axis=1), draws)
-    return Metric(line.intercept, line.intercept_interval)
+    return Estimate(line.intercept, line.intercept_interval)
 
 
 def _bracketed(widths: Sequence[int], optima: Sequence[Optimum]) -> tuple[list[int], list[Optimum]]:

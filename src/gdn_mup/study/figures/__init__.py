@@ -14,6 +14,7 @@ from gdn_mup.study.figures.over_training import transfer_over_training
 from gdn_mup.study.figures.published import published_losses
 from gdn_mup.study.figures.style import Drawing, save
 from gdn_mup.study.figures.training import training_curves
+from gdn_mup.study.figures.training_length import transfer_against_training_length
 from gdn_mup.study.figures.transfer import lr_transfer, optimum_vs_width
 from gdn_mup.study.figures.tuning import base_width_tuning
 
@@ -33,5 +34,6 @@ __all__ = [
     "published_losses",
     "save",
     "training_curves",
+    "transfer_against_training_length",
     "transfer_over_training",
 ]

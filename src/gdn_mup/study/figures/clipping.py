@@ -20,6 +20,7 @@ from gdn_mup.study.clipping import (
     norm_exponents,
     norms,
 )
+from gdn_mup.study.estimates import Estimate, over_seeds, signed, signed_range
 from gdn_mup.study.figures.style import (
     FULL_WIDTH,
     Drawing,
@@ -32,8 +33,6 @@ from gdn_mup.study.figures.style import (
     width_axis,
 )
 from gdn_mup.study.figures.transfer import optima_against_width
-from gdn_mup.study.optimum import signed, signed_range
-from gdn_mup.study.seeds import over_seeds
 from gdn_mup.study.titles import GROWTH_TITLES, OPTIMIZER_TITLES, RULE_TITLES
 
 # What clipping compares, in the order in which it is drawn. Without clipping it is the raw norm.
@@ -105,9 +104,8 @@ def _norm_panel(ax: Axes, here: pd.DataFrame, fits: pd.DataFrame, sweeps: Clippe
         by_width = here[here.clipping == clipping].dropna(subset="norm").groupby("width").norm
         widths = np.array(sorted(by_width.groups), float)
         fit = fits[fits.clipping == clipping].iloc[0]
-        label = signed(fit.exponent) if np.isfinite(fit.exponent) else "diverges"
-        if np.isfinite([fit.low, fit.high]).all():  # one seed has no interval
-            label += f" [{signed(fit.low)}, {signed(fit.high)}]"
+        exponent = Estimate.of(fit.exponent, fit.low, fit.high)
+        label = exponent.signed() if np.isfinite(fit.exponent) else "diverges"
         if len(widths):
             x, y = np.log2(widths), np.log2([geometric_mean(by_width.get_group(w).to_numpy()) for w in widths])
             ax.vlines(x + shift, np.log2(by_width.min()), np.log2(by_width.max()), color=colour, lw=1)
@@ -181,7 +179,7 @@ def _printed(table: pd.DataFrame, exponents: pd.DataFrame, found: list[ClippedSw
         rows.append(
             {
                 **row,
-                **dict(zip(("norm", "norm_low", "norm_high"), np.exp(norm), strict=True)),
+                **dict(zip(("norm", "norm_low", "norm_high"), np.exp(norm.numbers), strict=True)),
                 "clipped_share": part.clipped.mean(),
                 "optimum_log2_learning_rate": optimum.log2_learning_rate,
                 "optimum_low": optimum.interval.low,

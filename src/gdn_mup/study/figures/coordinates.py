@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from gdn_mup.errors import UserError
+from gdn_mup.study.estimates import signed
 from gdn_mup.study.figures.style import (
     FULL_WIDTH,
     RULE_COLOURS,
@@ -27,7 +28,6 @@ from gdn_mup.study.figures.style import (
     title,
     width_axis,
 )
-from gdn_mup.study.optimum import signed
 from gdn_mup.study.titles import GROWTH_TITLES, OPTIMIZER_TITLES, RULE_TITLES, named
 from gdn_mup.study.width_fit import width_exponent
 

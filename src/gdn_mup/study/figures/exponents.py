@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MultipleLocator
 
+from gdn_mup.study.estimates import signed
 from gdn_mup.study.exponents import GATES, exponents, gate_gradients
 from gdn_mup.study.figures.style import (
     FULL_WIDTH,
@@ -23,7 +24,6 @@ from gdn_mup.study.figures.style import (
     styled,
     title,
 )
-from gdn_mup.study.optimum import signed
 from gdn_mup.study.titles import GROWTH_TITLES, OPTIMIZER_TITLES, RULE_TITLES
 
 GATE_TITLES = {

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from gdn_mup.errors import UserError
+from gdn_mup.study.estimates import Estimate, signed_range
 from gdn_mup.study.figures.style import (
     FULL_WIDTH,
     RULE_COLOURS,
@@ -28,7 +29,7 @@ from gdn_mup.study.figures.style import (
     width_axis,
 )
 from gdn_mup.study.figures.transfer import optima_against_width, optimum_rows, slope_text
-from gdn_mup.study.optimum import Regret, Transfer, signed_range, transfers
+from gdn_mup.study.optimum import Transfer, transfers
 from gdn_mup.study.titles import GROWTH_TITLES, OPTIMIZER_TITLES, RULE_TITLES
 
 _LINE = 9.0  # points: a line of text in a panel
@@ -97,7 +98,7 @@ def growth_modes(dataset: xr.Dataset) -> Drawing:
     return Drawing(figure, _table(sweeps))
 
 
-def regrets_against(ax: Axes, x: np.ndarray, regrets: Sequence[Regret], rules: str, ceiling: float) -> None:
+def regrets_against(ax: Axes, x: np.ndarray, regrets: Sequence[Estimate], rules: str, ceiling: float) -> None:
     """Transfer regrets of one rule set at places `x` [regrets]; where one has no number, the line is broken."""
     colour, marker = RULE_COLOURS[rules], RULE_MARKERS[rules]
     values = np.array([regret.value for regret in regrets])
@@ -115,7 +116,7 @@ def regrets_against(ax: Axes, x: np.ndarray, regrets: Sequence[Regret], rules: s
     ax.plot(diverged, top, "x", color=colour, mew=1.2, ms=5, transform=ax.get_xaxis_transform(), zorder=3)
 
 
-def regret_range(regrets: Sequence[Regret]) -> tuple[float, float]:
+def regret_range(regrets: Sequence[Estimate]) -> tuple[float, float]:
     """From below 0 to above the largest finite regret and the ends of intervals, but for those that end far above."""
     finite = [regret for regret in regrets if np.isfinite(regret.value)]
     ends = np.array([regret.interval.high for regret in finite if 0 < regret.interval.high < np.inf])

@@ -9,6 +9,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
+from gdn_mup.study.estimates import Estimate
 from gdn_mup.study.figures.style import (
     FULL_WIDTH,
     RULE_COLOURS,
@@ -27,7 +28,7 @@ from gdn_mup.study.figures.style import (
 )
 from gdn_mup.study.figures.transfer import regret_text
 from gdn_mup.study.losses import OWN_BEST, TRANSFERRED, loss_table
-from gdn_mup.study.optimum import Regret, Transfer, transfers
+from gdn_mup.study.optimum import Transfer, transfers
 from gdn_mup.study.titles import GROWTH_TITLES, OPTIMIZER_TITLES, RULE_TITLES
 
 _DASHED = (0, (3, 1.5))
@@ -114,7 +115,7 @@ def _cost_finding(sweeps: Sequence[Transfer]) -> str:
     return "\n".join(lines)
 
 
-def _most(costs: Sequence[tuple[str, Regret]]) -> tuple[str, str]:
+def _most(costs: Sequence[tuple[str, Estimate]]) -> tuple[str, str]:
     """Under which of these rule sets the cost is largest, empty if that is unknown, and the cost in words."""
     known = [(rules, regret) for rules, regret in costs if not regret.reason]
     if not known:

@@ -9,6 +9,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 from scipy import stats
 
+from gdn_mup.study.estimates import over_seeds
 from gdn_mup.study.figures.style import (
     FULL_WIDTH,
     Drawing,
@@ -21,7 +22,6 @@ from gdn_mup.study.figures.style import (
     width_colours,
 )
 from gdn_mup.study.multiplier import CONDITION, ROUNDING, multiplier_table
-from gdn_mup.study.seeds import over_seeds
 from gdn_mup.study.titles import GROWTH_TITLES, OPTIMIZER_TITLES
 
 LINEAR = 0.01  # the figure's axis of changes is linear below, so that it can show none at all
@@ -123,7 +123,7 @@ def _sizes(ax: Axes, sizes: pd.DataFrame) -> None:
 def _line(ax: Axes, x: list[float], samples: list[pd.Series], colour: str, scale: str, marker: str = "o") -> None:
     """Geometric means of samples over seeds, and their intervals where there are several seeds."""
     smallest = np.finfo(float).tiny  # its logarithm stands for that of 0
-    intervals = [over_seeds(np.log(np.maximum(sample.to_numpy(float), smallest))) for sample in samples]
+    intervals = [over_seeds(np.log(np.maximum(sample.to_numpy(float), smallest))).numbers for sample in samples]
     if not intervals:
         return
     value, low, high = np.exp(np.array(intervals)).T

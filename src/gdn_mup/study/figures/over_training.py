@@ -11,6 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator
 
 from gdn_mup.errors import UserError
+from gdn_mup.study.estimates import Estimate
 from gdn_mup.study.figures.growth import regret_range, regrets_against
 from gdn_mup.study.figures.style import (
     FULL_WIDTH,
@@ -28,7 +29,7 @@ from gdn_mup.study.figures.style import (
     unbroken,
 )
 from gdn_mup.study.figures.transfer import regret_text
-from gdn_mup.study.optimum import Regret, Transfer, evaluation_steps, transfers
+from gdn_mup.study.optimum import Transfer, evaluation_steps, transfers
 from gdn_mup.study.titles import GROWTH_TITLES, OPTIMIZER_TITLES, RULE_TITLES, named
 
 _SHIFT = 0.05  # of the time between evaluations, from one rule set to the next
@@ -137,7 +138,7 @@ def _last(each: Evaluations) -> Transfer:
     return list(each.values())[-1]
 
 
-def _regret(sweep: Transfer) -> Regret:
+def _regret(sweep: Transfer) -> Estimate:
     return sweep.regrets[sweep.widths[-1]]
 
 

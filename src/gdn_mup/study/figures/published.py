@@ -9,6 +9,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
+from gdn_mup.study.estimates import signed_range
 from gdn_mup.study.figures.style import (
     FULL_WIDTH,
     RULE_COLOURS,
@@ -22,7 +23,6 @@ from gdn_mup.study.figures.style import (
     title,
     unbroken,
 )
-from gdn_mup.study.optimum import signed_range
 from gdn_mup.study.published import PAPER, PAPER_SETTING, SOURCE, STUDY, Setting, loss_differences, study_setting
 from gdn_mup.study.titles import GROWTH_TITLES, OPTIMIZER_TITLES, RULE_TITLES
 

@@ -10,6 +10,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
+from gdn_mup.study.estimates import Estimate, signed
 from gdn_mup.study.figures.style import (
     COLUMN_WIDTH,
     FULL_WIDTH,
@@ -28,7 +29,7 @@ from gdn_mup.study.figures.style import (
     width_axis,
     width_colours,
 )
-from gdn_mup.study.optimum import Optimum, Regret, Transfer, signed, transfers
+from gdn_mup.study.optimum import Optimum, Transfer, transfers
 from gdn_mup.study.titles import GROWTH_TITLES, OPTIMIZER_TITLES, RULE_TITLES, named
 
 _BASE_LINE: dict[str, Any] = {"color": "0.6", "lw": 0.7, "ls": (0, (4, 2))}  # marks the base width's optimum
@@ -175,18 +176,16 @@ def slope_text(sweep: Transfer) -> str:
     """The slope and its interval, in octaves per doubling of width."""
     if sweep.slope.reason:
         return f"optimum {_why_no_slope(sweep)}"
-    low, high = sweep.slope.interval
-    return f"slope {signed(sweep.slope.value)} [{signed(low)}, {signed(high)}]"
+    return f"slope {sweep.slope.signed()}"
 
 
 def _why_no_slope(sweep: Transfer) -> str:
     return "not bracketed" if len(sweep.widths) > 1 else f"at width {sweep.widths[0]} only"
 
 
-def regret_text(regret: Regret) -> str:
+def regret_text(regret: Estimate) -> str:
     """A regret that has a number, and its interval, in nats per token."""
-    low, high = regret.interval
-    return "diverges" if np.isinf(regret.value) else f"{regret.value:.2f} [{low:.2f}, {high:.2f}]"
+    return "diverges" if np.isinf(regret.value) else regret.plain(2)
 
 
 def _member_table(sweeps: Sequence[Transfer]) -> pd.DataFrame:
@@ -283,10 +282,18 @@ def optima_against_width(ax: Axes, sweep: Transfer, shift: float, colour: Any, m
         ax.plot([], [], marker, mfc="white", mec=colour, label=f"{label}\n{_why_no_slope(sweep)}".lstrip())
         return
     ends = np.log2([slope.widths[0], slope.widths[-1]])
-    low, high = slope.interval
-    text = f"{signed(slope.value)} [{signed(low)}, {signed(high)}]"
     ax.plot(ends + shift, slope.intercept + slope.value * ends, color=colour, lw=1)
-    ax.plot([], [], color=colour, marker=marker, mec="white", mew=0.5, ms=5, lw=1, label=f"{label}\n{text}".lstrip())
+    ax.plot(
+        [],
+        [],
+        color=colour,
+        marker=marker,
+        mec="white",
+        mew=0.5,
+        ms=5,
+        lw=1,
+        label=f"{label}\n{slope.signed()}".lstrip(),
+    )
 
 
 def optimum_rows(sweep: Transfer) -> list[dict[str, Any]]:

@@ -20,8 +20,6 @@ from gdn_mup.study.figures.style import (
     title,
     width_axis,
 )
-from gdn_mup.study.optimum import signed
-from gdn_mup.study.seeds import Estimate
 from gdn_mup.study.titles import GROWTH_TITLES, OPTIMIZER_TITLES, RULE_TITLES
 from gdn_mup.study.tuning import DEFAULT, Array, Search, searches, tuning_table
 
@@ -66,7 +64,7 @@ def _gains(ax: Axes, search: Search) -> None:
     ax.axhline(0, color="0.6", lw=0.8, zorder=0)
     for shift, gain, face in ((-0.06, search.gain, CHOSEN), (0.06, search.gain_left_out, "white")):
         place = np.log2(search.widths) + shift
-        value, low, high = np.array([gain(width) for width in search.widths]).T
+        value, low, high = np.array([gain(width).numbers for width in search.widths]).T
         ax.plot(place, value, "o-", color=CHOSEN, mfc=face, lw=0.8, ms=4.5, zorder=2)
         ax.vlines(place, low, high, color=CHOSEN, lw=1, zorder=1)
     width_axis(ax, search.widths)
@@ -94,7 +92,7 @@ def _order(ax: Axes, search: Search) -> None:
     finite = np.flatnonzero(np.isfinite(gains))
     for rank, trial in enumerate(map(int, finite[np.argsort(gains[finite])]), start=1):
         ax.plot(rank, gains[trial], **_mark(search, trial))
-    value, low, high = search.gain_left_out(search.base_width)
+    value, low, high = search.gain_left_out(search.base_width).numbers
     ax.plot(rank + 0.5, value, "o", color=CHOSEN, mfc="white", ms=4.5)
     ax.vlines(rank + 0.5, low, high, color=CHOSEN, lw=1, zorder=1)
     ax.set(xlabel="trials, in order of gain", ylabel=f"gain at width {search.base_width}\n(nats/token)")
@@ -136,7 +134,7 @@ def _panel_titles(search: Search) -> list[str]:
     if len(search.widths) == 1:
         return [f"{about}: {trials}", "multipliers drawn"]
     correlation = search.rank_correlation(search.widths[-1])
-    return [about, f"{trials}: rank\ncorrelation {_in_words(correlation)}", "multipliers drawn"]
+    return [about, f"{trials}: rank\ncorrelation {correlation.signed()}", "multipliers drawn"]
 
 
 def _finding(search: Search, several: bool) -> str:
@@ -158,13 +156,7 @@ def _finding(search: Search, several: bool) -> str:
             f"by {here.value:.2f} nats,\n{judged}; no other width was run."
         )
     if wide.low > 0:
-        also = f", and at {widest} by {_in_words(wide)}"
+        also = f", and at {widest} by {wide.signed()}"
         return f"{about}Multipliers tuned at {base} lower the loss there by {here.value:.2f} nats{also}."
     there = "lose" if wide.high < 0 else "are not shown to gain"
-    return f"{about}Multipliers that gain {here.value:.2f} nats at {base} {there} at {widest}: {_in_words(wide)}."
-
-
-def _in_words(estimate: Estimate) -> str:
-    if np.isnan(estimate.low):  # one seed
-        return signed(estimate.value)
-    return f"{signed(estimate.value)} [{signed(estimate.low)}, {signed(estimate.high)}]"
+    return f"{about}Multipliers that gain {here.value:.2f} nats at {base} {there} at {widest}: {wide.signed()}."
