@@ -1,0 +1,87 @@
+"""What the rules cannot be known for: everything of a model in one error, with cures that were tried."""
+
+from collections.abc import Callable, Collection, Hashable, Sequence
+from typing import NamedTuple
+
+from gdn_mup.modules.names import patterns_for
+
+
+class Cure(NamedTuple):
+    """What to say to `Scaling.between`: a value for a pattern, as it is pasted, and when that is right.
+
+    `names` are what the pattern is for, if not what is refused.
+    """
+
+    argument: str
+    value: str
+    text: str = ""
+    names: tuple[str, ...] = ()
+
+
+class Refusal(NamedTuple):
+    """Something whose rule is not known: parameters or modules, why, and what may be said about them.
+
+    Refusals of one `group` share their cure.
+    """
+
+    names: tuple[str, ...]
+    why: str
+    cures: tuple[Cure, ...] = ()
+    otherwise: str = ""
+    group: Hashable = None
+
+
+Try = Callable[[str, dict[str, str]], Collection[str]]
+"""From an argument and what is said there, by pattern, to the names that would still be refused."""
+
+
+def listed(refusals: Sequence[Refusal], names: dict[str, Collection[str]], try_out: Try) -> str:
+    """One line that lists every refusal, each with the cures that are accepted when they are pasted.
+
+    `names` has, by argument, all names that a pattern could match there.
+    """
+    lines = [_line(refusal, names, try_out) for refusal in _merged(refusals)]
+    if len(lines) == 1:
+        return lines[0]
+    return f"{len(lines)} questions are open: " + "; ".join(f"({i}) {line}" for i, line in enumerate(lines, start=1))
+
+
+def _line(refusal: Refusal, names: dict[str, Collection[str]], try_out: Try) -> str:
+    shown = refusal.names[0] or "the model"
+    more = f" (and {len(refusal.names) - 1} more)" if len(refusal.names) > 1 else ""
+    cures = [written for cure in refusal.cures if (written := _tried(cure, refusal, names, try_out))]
+    advice = "; ".join([*cures, *([refusal.otherwise] if refusal.otherwise else [])])
+    return f"{shown}: {refusal.why}{more}" + (f": {advice}" if advice else "")
+
+
+def _tried(cure: Cure, refusal: Refusal, names: dict[str, Collection[str]], try_out: Try) -> str:
+    """A cure as it is pasted, or nothing if it is not accepted."""
+    known = names[cure.argument]
+    said_of = cure.names or refusal.names
+    wanted = [name for name in said_of if name in known] or [
+        path for n in said_of if (path := n.rpartition(".")[0]) in known
+    ]
+    if not wanted:
+        return ""
+    patterns = patterns_for(list(dict.fromkeys(wanted)), known)
+    if set(try_out(cure.argument, dict.fromkeys(patterns, cure.value))) & set(refusal.names):
+        return ""
+    value = cure.value if cure.argument == "output_multipliers" else repr(cure.value)
+    said = ", ".join(f"{pattern!r}: {value}" for pattern in patterns)
+    return f"{cure.text}{cure.argument}={{{said}}}"
+
+
+def _merged(refusals: Sequence[Refusal]) -> list[Refusal]:
+    """Those of a group as one."""
+    groups: dict[Hashable, Refusal] = {}
+    for i, refusal in enumerate(refusals):
+        key = refusal.group if refusal.group is not None else i
+        first = groups.get(key)
+        if first is None:
+            groups[key] = refusal
+            continue
+        cures = tuple(
+            one._replace(names=one.names + other.names) for one, other in zip(first.cures, refusal.cures, strict=True)
+        )
+        groups[key] = first._replace(names=first.names + refusal.names, cures=cures)
+    return list(groups.values())
