@@ -101,7 +101,7 @@ def compare(
             entries[name] = entry
     refused += [
         Refusal(
-            (other, name),
+            (other,),
             f"shares its memory with {name}, but is another Parameter, so that an optimizer would update it twice",
             otherwise="tie them, as in `head.weight = embedding.weight`, or copy the values (`.clone()`)",
         )
@@ -171,7 +171,7 @@ def _find_parts(
         return _computed(name, here)
     if one.fans is None or here.fans is None or wide.fans is None:
         if one.shape != wide.shape:
-            return _unclear(name, one, wide)
+            return _unclear(name, one, here if here.shape != one.shape else wide)
         return _Found((Part(1, Axes.NONE, Growth(1.0, 1.0, width)),))
     fans = one.fans, here.fans, wide.fans
     if one.kind not in (Kind.MATRIX, Kind.CONVOLUTION) and not holder.is_bias:
@@ -194,8 +194,8 @@ def _find_parts(
     if split != WHOLE and _ratio(wide.fans.fan_out, one.fans.fan_out) not in evidence.growths:
         return Refusal(
             (name,),
-            f"its fan-out grows from {one.fans.fan_out} (width {base.width}) to {shown}, as nothing else does: its rows "
-            "may be several matrices",
+            f"its fan-out grows from {one.fans.fan_out} (width {base.width}) to {shown}, as nothing else does: its "
+            "rows may be several matrices",
             (Cure("parts", WHOLE, "if they are one axis, "),),
             "if not, the same with a function from the module that holds the layer to the sizes of its parts, in rows, "
             "`lambda parent: [...]`",
@@ -296,7 +296,7 @@ def _unclear(name: str, one: Surveyed, wide: Surveyed) -> Refusal:
         (name,),
         f"{one.shape} grows to {wide.shape} {used}",
         (Cure("axes", choices[0], "name its axes, "), Cure("axes", choices[1], "or "), Cure("axes", "vector", "or ")),
-        ("or untie it; " if len(one.holders) > 1 else "")
+        ("untie it, or name its axes: " if len(one.holders) > 1 else "")
         + "`in` is summed over, `stack` (as in 'stack out') holds copies side by side, a 'vector' acts entry by entry",
         group=("axes", type(first.module), first.attribute, len(one.holders), one.shape, wide.shape),
     )

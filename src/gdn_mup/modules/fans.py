@@ -125,7 +125,7 @@ def _convolution_shape(module: Any) -> tuple[int, ...]:
 
 def _attention_shapes(module: nn.MultiheadAttention, name: str) -> list[tuple[int, ...]]:
     width = module.embed_dim
-    return {
+    shapes: dict[str, list[tuple[int, ...]]] = {
         "in_proj_weight": [(3 * width, width)],
         "q_proj_weight": [(width, width)],
         "k_proj_weight": [(width, module.kdim)],
@@ -133,7 +133,8 @@ def _attention_shapes(module: nn.MultiheadAttention, name: str) -> list[tuple[in
         "in_proj_bias": [(3 * width,)],
         "bias_k": [(1, 1, width)],
         "bias_v": [(1, 1, width)],
-    }.get(name, [])
+    }
+    return shapes.get(name, [])
 
 
 def _vector(shape: Sequence[int]) -> Fans:

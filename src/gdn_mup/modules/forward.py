@@ -139,12 +139,14 @@ def add(model: nn.Module, readouts: Mapping[str, float], outputs: Mapping[str, f
     for path, factor in readouts.items():
         if factor != 1:
             _check_that_it_is_called(unwrapped(model), path)
-            multipliers.append(InputMultiplier(factor, path))
-            modules[path].register_forward_pre_hook(multipliers[-1], with_kwargs=True)
+            reads = InputMultiplier(factor, path)
+            modules[path].register_forward_pre_hook(reads, with_kwargs=True)
+            multipliers.append(reads)
     for path, factor in outputs.items():
         if factor != 1:
-            multipliers.append(OutputMultiplier(factor, path))
-            modules[path].register_forward_hook(multipliers[-1])
+            writes = OutputMultiplier(factor, path)
+            modules[path].register_forward_hook(writes)
+            multipliers.append(writes)
     if multipliers:
         unwrapped(model).register_forward_pre_hook(_Begin(multipliers), prepend=True)
         unwrapped(model).register_forward_hook(_End(multipliers))

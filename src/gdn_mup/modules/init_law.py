@@ -50,7 +50,7 @@ class Region(NamedTuple):
     @classmethod
     def of(cls, tensor: Tensor) -> Self:
         """The entries that a view shows of what it is a view of."""
-        return cls(tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()))
+        return cls(int(tensor.storage_offset()), tuple(tensor.shape), tuple(tensor.stride()))
 
     @property
     def numel(self) -> int:
@@ -292,7 +292,7 @@ class InitRecorder(TorchDispatchMode):
 
 
 class _Assignments(TorchFunctionMode):
-    """`tensor[i:j] = 1.0` as a call that says the number, of which torch makes a tensor: on the meta device it is lost."""
+    """`tensor[i:j] = 1.0` as a call that says the number: a tensor of it would lose it on the meta device."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is Tensor.__setitem__ and args[0].is_meta and isinstance(args[2], int | float | complex):

@@ -323,9 +323,8 @@ def _moments(parameter: Tensor, mask: Tensor | None) -> tuple[float, float, int]
     values = values if values.is_complex() else values.float()
     values = values if mask is None else values * _like(mask.to(values.dtype), parameter)
     sums = [_full(values.sum()), _full(values.abs().square().sum())]
-    mean = sums[0].real if values.is_complex() else sums[0]
     count = max(entries, 1)
-    return float(mean) / count, math.sqrt(float(sums[1].real) / count), entries
+    return sums[0].real / count, math.sqrt(sums[1].real / count), entries
 
 
 def _is_finite(parameter: Tensor) -> bool:

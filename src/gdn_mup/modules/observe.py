@@ -10,6 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -195,7 +196,11 @@ def _guesses(model: nn.Module) -> list[Call]:
         inputs += [drawn(_SEQUENCES, _TOKENS, features), drawn(_SEQUENCES, features)]
     taken = inspect.signature(model.forward).parameters.values()
     needed = [p for p in taken if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return [lambda m, tensor=tensor: m(*[tensor] * max(1, len(needed))) for tensor in inputs]
+    return [partial(_called_with, [tensor] * max(1, len(needed))) for tensor in inputs]
+
+
+def _called_with(inputs: list[Tensor], model: nn.Module) -> Any:
+    return model(*inputs)
 
 
 def _transformers_inputs(model: Any, device: torch.device, drawn: Callable[..., Tensor]) -> dict[str, Tensor]:

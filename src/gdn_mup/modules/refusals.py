@@ -1,6 +1,6 @@
 """What the rules cannot be known for: everything of a model in one error, with cures that were tried."""
 
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 from gdn_mup.modules.names import patterns_for
@@ -31,44 +31,58 @@ class Refusal(NamedTuple):
     group: Hashable = None
 
 
-Try = Callable[[str, dict[str, str]], Collection[str]]
-"""From an argument and what is said there, by pattern, to the names that would still be refused."""
+Try = Callable[[str, dict[str, str]], Sequence[Refusal]]
+"""From an argument and what is said there, by pattern, to what would still be refused."""
 
 
-def listed(refusals: Sequence[Refusal], names: dict[str, Collection[str]], try_out: Try) -> str:
+def listed(refusals: Sequence[Refusal], names: Mapping[str, Collection[str]], try_out: Try) -> str:
     """One line that lists every refusal, each with the cures that are accepted when they are pasted.
 
     `names` has, by argument, all names that a pattern could match there.
     """
-    lines = [_line(refusal, names, try_out) for refusal in _merged(refusals)]
+    merged = _merged(refusals)
+    often = {r.otherwise for r in merged if sum(other.otherwise == r.otherwise for other in merged) > 1} - {""}
+    lines = []
+    for refusal in merged:
+        more = f" (and {len(refusal.names) - 1} more)" if len(refusal.names) > 1 else ""
+        cures = [written for cure in refusal.cures if (written := _tried(cure, refusal, refusals, names, try_out))]
+        advice = "; ".join([*cures, *({refusal.otherwise} - often - {""})])
+        what = f"{refusal.names[0] or 'the model'}: {refusal.why}{more}"
+        lines.append(f"{what}: {advice}" if advice else what)
     if len(lines) == 1:
         return lines[0]
-    return f"{len(lines)} questions are open: " + "; ".join(f"({i}) {line}" for i, line in enumerate(lines, start=1))
+    numbered = [f"({i}) {line}" for i, line in enumerate(lines, start=1)]
+    return "; ".join([f"{len(lines)} questions are open: {numbered[0]}", *numbered[1:], *sorted(often)])
 
 
-def _line(refusal: Refusal, names: dict[str, Collection[str]], try_out: Try) -> str:
-    shown = refusal.names[0] or "the model"
-    more = f" (and {len(refusal.names) - 1} more)" if len(refusal.names) > 1 else ""
-    cures = [written for cure in refusal.cures if (written := _tried(cure, refusal, names, try_out))]
-    advice = "; ".join([*cures, *([refusal.otherwise] if refusal.otherwise else [])])
-    return f"{shown}: {refusal.why}{more}" + (f": {advice}" if advice else "")
-
-
-def _tried(cure: Cure, refusal: Refusal, names: dict[str, Collection[str]], try_out: Try) -> str:
+def _tried(
+    cure: Cure,
+    refusal: Refusal,
+    before: Sequence[Refusal],
+    names: Mapping[str, Collection[str]],
+    try_out: Try,
+) -> str:
     """A cure as it is pasted, or nothing if it is not accepted."""
     known = names[cure.argument]
     said_of = cure.names or refusal.names
-    wanted = [name for name in said_of if name in known] or [
-        path for n in said_of if (path := n.rpartition(".")[0]) in known
-    ]
+    wanted = [name for name in said_of if name in known]
+    wanted = wanted or [path for name in said_of if (path := name.rpartition(".")[0]) in known]
     if not wanted:
         return ""
     patterns = patterns_for(list(dict.fromkeys(wanted)), known)
-    if set(try_out(cure.argument, dict.fromkeys(patterns, cure.value))) & set(refusal.names):
+    open_before, open_after = (
+        _questions(before),
+        _questions(try_out(cure.argument, dict.fromkeys(patterns, cure.value))),
+    )
+    if open_after - open_before or open_after & _questions([refusal]):
         return ""
     value = cure.value if cure.argument == "output_multipliers" else repr(cure.value)
     said = ", ".join(f"{pattern!r}: {value}" for pattern in patterns)
     return f"{cure.text}{cure.argument}={{{said}}}"
+
+
+def _questions(refusals: Sequence[Refusal]) -> set[tuple[str, Hashable]]:
+    return {(name, refusal.group or refusal.why) for refusal in refusals for name in refusal.names}
 
 
 def _merged(refusals: Sequence[Refusal]) -> list[Refusal]:

@@ -93,7 +93,7 @@ class Scaling:
                 raise UserError(f"{name}: {width!r}: use a width of 1 or more")
         first, here, wide = _family(make_model, base, target)
         arguments: dict[str, Mapping[str, Any]] = {"parts": parts or {}, "axes": axes or {}}
-        entries, refused = compare(first, here, wide, **arguments)
+        entries, refused = compare(first, here, wide, arguments["parts"], arguments["axes"])
         multiplied = {
             pattern: factor(base, target) if callable(factor) else factor
             for pattern, factor in (output_multipliers or {}).items()
@@ -279,9 +279,7 @@ def _names(here: Survey) -> dict[str, Collection[str]]:
 def _unknown_names(here: Survey, arguments: Mapping[str, Mapping[str, Any]]) -> list[Refusal]:
     """Patterns that match nothing."""
     return [
-        Refusal(
-            (f"{argument}: {pattern!r}",), f"is the name of nothing in the model; there is {next(reversed(names))!r}"
-        )
+        Refusal((argument,), f"{pattern!r} is the name of nothing in the model; there is {list(names)[-1]!r}")
         for argument, names in _names(here).items()
         for pattern in unused(arguments[argument], names)
     ]
@@ -298,8 +296,8 @@ def _lost_multipliers(model: nn.Module, seen: Pass, multiplied: Mapping[str, flo
         if paths and len(uncalled) == len(paths):
             refused.append(
                 Refusal(
-                    (f"output_multipliers: {pattern!r}",),
-                    f"{paths[0]} is not called when the model runs, so that its multiplier would be lost",
+                    ("output_multipliers",),
+                    f"{pattern!r}: {paths[0]} is not called when the model runs, so that its multiplier would be lost",
                     otherwise="name a module that is called",
                 )
             )
@@ -307,8 +305,8 @@ def _lost_multipliers(model: nn.Module, seen: Pass, multiplied: Mapping[str, flo
             if seen.returns.get(path, "Tensor") not in ("Tensor", "Parameter"):
                 refused.append(
                     Refusal(
-                        (f"output_multipliers: {pattern!r}",),
-                        f"{path} returns a {seen.returns[path]}, which has no one factor",
+                        ("output_multipliers",),
+                        f"{pattern!r}: {path} returns a {seen.returns[path]}, which has no one factor",
                         otherwise="name a module that returns a tensor",
                         group=("returns", pattern),
                     )
@@ -327,12 +325,12 @@ def _still_refused(
     arguments: Mapping[str, Mapping[str, Any]],
     argument: str,
     said: Mapping[str, str],
-) -> set[str]:
+) -> list[Refusal]:
     """What would be refused if this were said too."""
     if argument not in arguments:
-        return set()  # multipliers are tried on a model with values, before they are offered
+        return []  # multipliers are tried on a model with values, before they are offered
     tried = {**arguments, argument: {**arguments[argument], **said}}
-    return {name for refusal in compare(*surveys, **tried)[1] for name in refusal.names}
+    return compare(*surveys, tried["parts"], tried["axes"])[1]
 
 
 def _places(model: nn.Module, entries: Mapping[str, Entry], depth: Depth) -> dict[str, Place]:

@@ -132,7 +132,7 @@ def sharing(parameters: Iterable[tuple[_K, Tensor]]) -> list[tuple[_K, _K]]:
     """Pairs of different parameters over the same memory: an optimizer would take each for itself."""
     found, seen = [], dict[int, list[tuple[_K, Region, int]]]()
     for key, parameter in parameters:
-        tensor: Tensor = parameter.to_local() if hasattr(parameter, "to_local") else parameter  # type: ignore[attr-defined]
+        tensor: Tensor = parameter.to_local() if hasattr(parameter, "to_local") else parameter
         memory = tensor.detach().untyped_storage()
         if not memory.nbytes() or not tensor.numel():
             continue
