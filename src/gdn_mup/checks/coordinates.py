@@ -115,8 +115,8 @@ def coordinate_check(
                     put(variable, "width parameter", (width, name), value)
             parameters = {plain(name): p for name, p in unwrapped(model).named_parameters()}
             start = outputs(model, batches[0], loss)
-            for name, value in start.inputs.items():
-                put("input_rms", "seed width module", (seed, width, name), value)
+            for name in start.tensors:
+                put("input_rms", "seed width module", (seed, width, name), start.inputs.get(name, np.nan))
             for step in range(max(measured) + 1):
                 before: dict[str, Tensor] = {}
                 if step > 0:

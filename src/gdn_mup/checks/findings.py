@@ -105,12 +105,15 @@ def _of_outputs(dataset: xr.Dataset) -> Iterator[Finding]:
 
 
 def _of_the_loss(dataset: xr.Dataset) -> Iterator[Finding]:
-    """A loss that grows at init, whatever makes it grow: functions are no modules, and have no line of their own."""
-    found = width_exponent(
-        [int(w) for w in dataset.width.values], dataset.loss.sel(step=[0]).transpose("step", "seed", "width").values
-    )
-    if found.value[0] > FLAT and _off(found, 0, FLAT):
-        yield _finding(found, 0, "(loss)", "loss at init", _Causes(dataset).elsewhere or "what it is computed from")
+    """A loss that grows at init, whatever makes it grow: functions are no modules, and have no line of their own.
+
+    Logits that grow make the loss shrink where they are right by chance: with a weight that is used outside its module
+    that is a finding too.
+    """
+    widths, causes = [int(w) for w in dataset.width.values], _Causes(dataset)
+    found = width_exponent(widths, dataset.loss.sel(step=[0]).transpose("step", "seed", "width").values)
+    if _off(found, 0, FLAT) and (found.value[0] > 0 or causes.elsewhere):
+        yield _finding(found, 0, "(loss)", "loss at init", causes.elsewhere or "what it is computed from")
 
 
 class _Causes:
@@ -133,25 +136,23 @@ class _Causes:
 
     def at_init(self, name: str) -> str:
         """The same, or a factor in the code of the module, or before it, where its weight is not to blame."""
-        module, dataset = name.partition("[")[0], self._dataset
-        weight = f"{module}.weight".removeprefix("(model).")
-        if weight not in self._parameters or name != module:
-            return self.of(name)
-        start = dataset.sel(step=0)
-        at = {"module": module} if module in dataset.module.values else {}
-        read = start.input_rms.sel(at) if module in dataset.module.values else start.rms.sel(at) * np.nan
-        size = start.weight_rms.sel(parameter=weight) * np.sqrt(dataset.rule_fan_in.sel(parameter=weight))
-        own_factor = start.rms.sel(at) / (size * read.where(np.isfinite(read), 1.0))
-        own, before = self._exponent(own_factor), self._exponent(read)
-        if module not in dataset.attrs["readouts"].split(", ") and _off(own, 0, FLAT):
-            power = round(float(own.value[0]) * 4) / 4
-            return (
-                f"a factor ∝ width^{power:+.2g} in the module's own code: undo it, "
-                f"output_multipliers={{{module!r}: lambda base, width: (base / width) ** {power:g}}}"
-            )
-        if _off(before, 0, FLAT):
-            factor = f"∝ width^{before.value[0]:+.2f}: a factor in the model's own code before it"
-            return f"what it reads, {factor}; {self.of(name)}"
+        dataset, tied = self._dataset.sel(step=0), name in self._dataset.attrs["readouts"].split(", ")
+        read = dataset.input_rms.sel(module=name)
+        if tied:
+            read = read * (dataset.width / dataset.width.min())  # before its forward multiplier
+        elif f"{name}.weight" in self._parameters:
+            weight = {"parameter": f"{name}.weight"}
+            size = dataset.weight_rms.sel(weight) * np.sqrt(dataset.rule_fan_in.sel(weight))
+            own = self._exponent(dataset.rms.sel(module=name) / (size * read.where(np.isfinite(read), 1.0)))
+            if _off(own, 0, FLAT):
+                power = round(float(own.value[0]) * 4) / 4
+                return (
+                    f"a factor ∝ width^{power:+.2g} in the module's own code: undo it, "
+                    f"output_multipliers={{{name!r}: lambda base, width: (base / width) ** {power:g}}}"
+                )
+        before = self._exponent(read)
+        if (tied or f"{name}.weight" in self._parameters) and _off(before, 0, FLAT):
+            return f"what it reads, ∝ width^{before.value[0]:+.2f} (a factor in the model's own code?), {self.of(name)}"
         return self.of(name)
 
     def _exponent(self, array: xr.DataArray) -> Exponents:

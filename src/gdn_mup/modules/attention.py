@@ -154,29 +154,18 @@ def _head_dim(module: Any) -> int:
 
 def _is_softmax(module: nn.Module) -> bool:
     """Whether the code of a module calls softmax attention, or has a float scale as transformers' has."""
-    called = getattr(getattr(type(module).forward, "__code__", None), "co_names", ())
+    methods = [m for kind in type(module).__mro__ if kind is not nn.Module for m in vars(kind).values()]
+    called = {name for method in methods for name in getattr(getattr(method, "__code__", None), "co_names", ())}
     return (
         isinstance(module, nn.MultiheadAttention)
         or isinstance(getattr(module, "scaling", None), float)
-        or bool(_SOFTMAX & set(called))
+        or any(map(_SOFTMAX.fullmatch, called))
     )
 
 
 _CLOSE = 0.01
 _HEAD_DIMS = ("head_dim", "qk_head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
-_SOFTMAX = {
-    "ALL_ATTENTION_FUNCTIONS",
-    "deltaformer_attn",
-    "eager_attention_forward",
-    "flash_attn_func",
-    "flash_attn_varlen_func",
-    "flex_attention",
-    "parallel_attn",
-    "parallel_forgetting_attn",
-    "parallel_moba",
-    "parallel_nsa",
-    "parallel_path_attn",
-    "parallel_stickbreaking_attn",
-    "parallel_wall_attn",
-    "scaled_dot_product_attention",
-}
+_SOFTMAX = re.compile(
+    r"ALL_ATTENTION_FUNCTIONS|eager_attention_forward|scaled_dot_product_attention|\w*flex_attention\w*|flash_attn\w*|"
+    r"parallel_\w*attn|parallel_(nsa|moba|parallax)|deltaformer_attn"
+)

@@ -120,6 +120,7 @@ class _Watch(TorchFunctionMode):
             query, key, scale = self._products[id(args[0])]
             self._see(query, key, query.shape[-1], scale)
         result = func(*args, **kwargs)
+        self._alive.append(result)  # an identity is not given away while we look
         if isinstance(result, Tensor):
             self._follow(name, args, kwargs, result)
         return result
@@ -127,7 +128,6 @@ class _Watch(TorchFunctionMode):
     def _follow(self, name: str, args: tuple, kwargs: dict, result: Tensor) -> None:
         """Note products of queries and keys, and by what tensors are multiplied."""
         tensors = [a for a in args if isinstance(a, Tensor)]
-        self._alive.append(result)  # an identity is not given away while we look
         if name in ("matmul", "bmm", "__matmul__", "einsum", "baddbmm"):
             operands = [*tensors, *(a for some in args if isinstance(some, list | tuple) for a in some)]
             operands += [a for a in kwargs.values() if isinstance(a, Tensor)]
@@ -145,7 +145,7 @@ class _Watch(TorchFunctionMode):
         if name in ("div", "div_", "__truediv__", "true_divide") and len(numbers) == 1:
             factor = 1 / float(numbers[0])
         source = next((a for a in tensors if id(a) in self._products), None)
-        if source is not None and name not in ("dropout", "softmax"):
+        if source is not None and name in (*_VIEWS, *_POINTWISE):
             query, key, scale = self._products[id(source)]
             self._products[id(result)] = (query, key, scale * factor)
         scale = factor * (self._scale(tensors[0]) if tensors and (factor != 1.0 or name in _VIEWS) else 1.0)
@@ -219,4 +219,9 @@ def _transformers_inputs(model: Any, device: torch.device, drawn: Callable[..., 
 
 
 _VIEWS = ("view", "reshape", "transpose", "permute", "contiguous", "to", "float", "type_as", "flatten", "unflatten")
+_POINTWISE = (  # on the way from products to their softmax: factors, masks, caps
+    *("mul", "mul_", "__mul__", "__rmul__", "multiply", "div", "div_", "__truediv__", "true_divide"),
+    *("add", "add_", "__add__", "__radd__", "__iadd__", "sub", "__sub__", "tanh", "clamp", "max", "maximum"),
+    *("where", "masked_fill", "masked_fill_", "half", "bfloat16", "double", "type"),
+)
 _FEATURES = ("in_features", "in_channels", "embed_dim", "input_size", "num_features")
