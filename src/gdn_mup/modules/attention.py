@@ -79,7 +79,7 @@ def _grown(surveys: tuple[Survey, Survey], passes: tuple[Pass, Pass]) -> list[_G
 
 def _factor(old: Attention, new: Attention) -> float:
     """From the factor that the model has on its logits to one over the head dim."""
-    return old.head_dim / new.head_dim * (old.scale / new.scale)
+    return old.head_dim / new.head_dim * (old.scale * old.within) / (new.scale * new.within)
 
 
 class _Trial:
@@ -102,8 +102,7 @@ class _Trial:
         after = self._run(outputs)
         if after is None:
             return None
-        (old, new) = (seen[one.module] for seen in (self._before, after))
-        return new.queries * new.keys * new.scale / (old.queries * old.keys * old.scale)
+        return after[one.module].logits / self._before[one.module].logits
 
     def cure(self, one: _Grown) -> tuple[str, ...]:
         """The module within this attention whose output is queries, with nothing behind it that undoes a factor."""

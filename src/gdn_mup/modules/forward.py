@@ -69,10 +69,10 @@ class _End:
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
         missed = [multiplier for multiplier in self.multipliers if not multiplier.called]
         if missed:
-            _judge(module, missed, [m for m in self.multipliers if m.called], output)
+            judge = torch.compiler.disable(_judge)  # here, since it takes seconds to import what it needs
+            judge(module, missed, [m for m in self.multipliers if m.called], output)
 
 
-@torch.compiler.disable
 def _judge(
     model: nn.Module,
     missed: list[InputMultiplier | OutputMultiplier],
@@ -83,10 +83,11 @@ def _judge(
     modules: dict[str, Any] = _modules(model)
     tensors = [tensor for _, tensor in tensors_in(output)]
     differentiable = any(tensor.requires_grad for tensor in tensors)
+    is_loss = differentiable and all(tensor.numel() == 1 for tensor in tensors)
     for multiplier in missed:
         if isinstance(multiplier, InputMultiplier):
             used = uses(tensors, {multiplier.path: modules[multiplier.path].weight})[multiplier.path]
-            if set(used) & _UNSEEN or not differentiable:
+            if (set(used) & _UNSEEN and not is_loss) or not differentiable:
                 warnings.warn(
                     f"{multiplier.path} was not called in this pass: if it uses {multiplier.path}.weight otherwise, "
                     f"the multiplier {multiplier.factor:.4g} is lost",
@@ -108,7 +109,7 @@ def _judge(
 
 
 def uses(tensors: Iterable[Tensor], weights: Mapping[str, Tensor]) -> dict[str, Counter[str]]:
-    """By what autograd's graph uses each weight on the way to these tensors, and how often."""
+    """What autograd's graph does with each weight on the way to these tensors, and how often."""
     names = {id(weight): name for name, weight in weights.items()}
     found = {name: Counter[str]() for name in weights}
     waiting = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]

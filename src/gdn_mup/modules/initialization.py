@@ -124,10 +124,10 @@ def _refuse_others(
     others = [name for name, mark in marks.items() if name in known and known[name] != mark]
     if others:
         raise UserError(f"model: {', '.join(others)}: initialised by another Scaling: build the model afresh")
+    if not wrong:  # drawn again after it was scaled
+        wrong = [name for name in marks if states[name] is State.OWN and name in known]
     if not wrong and {State.OWN, State.SCALED} <= {states[name] for name in marks}:
         wrong = [name for name in marks if states[name] is State.SCALED]
-    if not wrong:
-        wrong = [name for name in marks if states[name] is State.OWN and name in known]
     if wrong:
         details = "; ".join(_difference(scaling, name, parameters[name], fills[name]) for name in wrong)
         raise UserError(

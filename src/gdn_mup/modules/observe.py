@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
@@ -30,14 +30,21 @@ _SEQUENCES, _TOKENS, _IMAGE = 2, 8, 32
 class Attention(NamedTuple):
     """What one softmax attention sees: in which module, the last axis of queries and keys, the factor on their product.
 
-    `queries` and `keys` are their root mean squares, NaN where they have no values.
+    `within` is the factor that queries and keys were multiplied by before. `queries` and `keys` are their root mean
+    squares, NaN where they have no values.
     """
 
     module: str
     head_dim: int
     scale: float
+    within: float
     queries: float
     keys: float
+
+    @property
+    def logits(self) -> float:
+        """A measure of the logits."""
+        return self.queries * self.keys * self.scale
 
 
 class Pass(NamedTuple):
@@ -61,6 +68,7 @@ def observe(model: nn.Module, call: Call | None) -> Pass:
                 warnings.catch_warnings(action="ignore"),
                 watch.hooks(),
                 _no_kernels(),
+                _nothing_compiled(),
                 watch,
             ):
                 attempt(model)
@@ -115,7 +123,7 @@ class _Watch(TorchFunctionMode):
             query, key = (args[i] if i < len(args) else kwargs[k] for i, k in enumerate(("query", "key")))
             given = args[6] if len(args) > 6 else kwargs.get("scale")
             scale = query.shape[-1] ** -0.5 if given is None else float(given)
-            self._see(query, key, query.shape[-1], scale * self._scale(query) * self._scale(key))
+            self._see(query, key, query.shape[-1], scale)
         elif name in ("softmax", "_softmax", "_safe_softmax") and args and id(args[0]) in self._products:
             query, key, scale = self._products[id(args[0])]
             self._see(query, key, query.shape[-1], scale)
@@ -134,8 +142,7 @@ class _Watch(TorchFunctionMode):
             operands = operands[1:] if name == "baddbmm" else operands
             if len(operands) == 2 and not any(self._is_weight(o) for o in operands) and operands[0].dim() >= 3:
                 query, key = operands
-                factor = float(kwargs.get("alpha", 1.0)) * self._scale(query) * self._scale(key)
-                self._products[id(result)] = (query, key, factor)
+                self._products[id(result)] = (query, key, float(kwargs.get("alpha", 1.0)))
             return
         factor = 1.0
         numbers = [a for a in args if isinstance(a, int | float) and not isinstance(a, bool)]
@@ -161,7 +168,8 @@ class _Watch(TorchFunctionMode):
     def _see(self, query: Tensor, key: Tensor, head_dim: int, scale: float) -> None:
         with torch._C.DisableTorchFunction():
             sizes = [float("nan") if t.is_meta else float(t.double().square().mean().sqrt()) for t in (query, key)]
-        self.attention.append(Attention(self._within[-1] if self._within else "", head_dim, scale, *sizes))
+        module, within = self._within[-1] if self._within else "", self._scale(query) * self._scale(key)
+        self.attention.append(Attention(module, head_dim, scale, within, *sizes))
 
 
 @contextmanager
@@ -173,6 +181,11 @@ def _no_kernels() -> Iterator[None]:
         return
     with mock.patch.object(jit, "run", side_effect=NotImplementedError("no kernel runs without values")):
         yield
+
+
+def _nothing_compiled() -> AbstractContextManager[Any]:
+    """What a model compiles by itself runs as it is written: one pass is not worth a compilation."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def _guesses(model: nn.Module) -> list[Call]:

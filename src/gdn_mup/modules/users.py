@@ -17,6 +17,7 @@ _META = (
     "'meta'",
     "Meta",
     "data-dependent",
+    "unallocated storage",
 )  # in what torch says where a tensor without values is read
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
