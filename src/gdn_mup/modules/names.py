@@ -1,7 +1,7 @@
 """Names of modules and parameters: patterns, and what wrappers add."""
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
@@ -45,6 +45,13 @@ def patterns_for(wanted: Collection[str], names: Collection[str]) -> list[str]:
     return list(wanted)
 
 
+def as_range(names: Sequence[str]) -> str:
+    """Names that differ in numbers as one, `layers.0-11.q_proj`: the range of each number that varies."""
+    columns = list(zip(*(re.findall(r"\d+", name) for name in names), strict=True))
+    ranges = iter([_range(sorted({int(number) for number in column})) for column in columns])
+    return re.sub(r"\d+", lambda _: next(ranges), names[0])
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The user's own module inside torch.compile's and DistributedDataParallel's."""
     while True:
@@ -59,3 +66,13 @@ def plain(name: str) -> str:
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name
+
+
+def _range(numbers: list[int]) -> str:
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

@@ -1,9 +1,10 @@
 """What the rules cannot be known for: everything of a model in one error, with cures that were tried."""
 
+import re
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import NamedTuple
 
-from gdn_mup.modules.names import patterns_for
+from gdn_mup.modules.names import as_range, patterns_for
 
 
 class Cure(NamedTuple):
@@ -44,15 +45,22 @@ def listed(refusals: Sequence[Refusal], names: Mapping[str, Collection[str]], tr
     often = {r.otherwise for r in merged if sum(other.otherwise == r.otherwise for other in merged) > 1} - {""}
     lines = []
     for refusal in merged:
-        more = f" (and {len(refusal.names) - 1} more)" if len(refusal.names) > 1 else ""
         cures = [written for cure in refusal.cures if (written := _tried(cure, refusal, refusals, names, try_out))]
         advice = "; ".join([*cures, *({refusal.otherwise} - often - {""})])
-        what = f"{refusal.names[0] or 'the model'}: {refusal.why}{more}"
+        what = f"{_named(refusal.names)}: {refusal.why}"
         lines.append(f"{what}: {advice}" if advice else what)
     if len(lines) == 1:
         return lines[0]
     numbered = [f"({i}) {line}" for i, line in enumerate(lines, start=1)]
     return "; ".join([f"{len(lines)} questions are open: {numbered[0]}", *numbered[1:], *sorted(often)])
+
+
+def _named(names: Sequence[str]) -> str:
+    """All names, those that differ in numbers as one."""
+    alike: dict[str, list[str]] = {}
+    for name in dict.fromkeys(names):
+        alike.setdefault(re.sub(r"\d+", "#", name), []).append(name or "the model")
+    return ", ".join(as_range(some) for some in alike.values())
 
 
 def _tried(
