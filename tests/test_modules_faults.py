@@ -788,6 +788,33 @@ def test_adamw_takes_no_sparse_gradients():
     assert scaling.parameter_groups(model, "sgd", 1.0)
 
 
+SCHEDULERS: dict[str, tuple[bool, Callable[..., Any]]] = {
+    "cosine": (True, lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 8)),
+    "step": (True, lambda o: torch.optim.lr_scheduler.StepLR(o, 2)),
+    "lambda": (True, lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: min(1, (step + 1) / 4))),
+    "cosine to a rate": (False, lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 8, eta_min=1e-3)),
+    "one cycle": (False, lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 2e-3, total_steps=9)),
+    "one cycle of each group": (
+        True,
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, [group["lr"] for group in o.param_groups], total_steps=9),
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of")
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedulers_keep_or_lose_the_ratios_as_the_page_says(name):
+    keeps, schedule = SCHEDULERS[name]
+    scaling, model = Scaling.between(Mlp, BASE, TARGET), Mlp(TARGET)
+    optimizer = torch.optim.AdamW(scaling.parameter_groups(model, "adamw", 2e-3))
+    first = [group["lr"] for group in optimizer.param_groups]
+    scheduler = schedule(optimizer)
+    for _ in range(7):
+        scheduler.step()
+    ratios = [group["lr"] / rate for group, rate in zip(optimizer.param_groups, first, strict=True)]
+    assert (max(ratios) / min(ratios) < 1.001) == keeps
+
+
 def test_a_known_types_name_is_no_evidence():
     class Mamba2(nn.Module):
         """Not fla's."""
