@@ -31,6 +31,10 @@ def between() -> Scaling:
     return Scaling.between(Fused, BASE, TARGET, axes=TRANSFORMER_AXES, parts=rows)
 
 
+def with_padding(width: int) -> nn.Module:
+    return nn.Sequential(nn.Embedding(9, width, padding_idx=1), nn.Linear(width, 4))
+
+
 def fresh() -> Fused:
     torch.manual_seed(0)
     return Fused(TARGET)
@@ -87,6 +91,17 @@ def in_process(rank: int, processes: int, rendezvous: str) -> None:
             assert_same(model, plain)
             for one, other in zip(optimizer.param_groups, groups, strict=True):
                 assert all(one[key] == other[key] for key in ("lr", "weight_decay", "eps"))
+        in_part = fresh()
+        fully_shard(in_part.fused)  # plain parameters beside sharded ones: no group of the optimizer mixes them
+        for group in train(scaling, in_part).param_groups:
+            assert len({type(parameter) for parameter in group["params"]}) == 1
+        assert_same(in_part, plain)
+        padded = Scaling.between(with_padding, BASE, TARGET)
+        for std in (None, 0.02):
+            model = with_padding(TARGET)
+            fully_shard(model)
+            padded.initialize(model, std=std)
+            assert (full(model[0].weight)[1] == 0).all() and (full(model[0].weight)[0] != 0).all()
         model = fresh()
         scaling.initialize(model)
         fully_shard(model)

@@ -1,7 +1,10 @@
 """`gdn-mup check` and `gdn-mup transfer`: a model of one's own from the command line."""
 
 import importlib
+import importlib.util
 import sys
+from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -49,10 +52,11 @@ def check(
     from gdn_mup.checks.findings import findings
     from gdn_mup.files import replacing
 
-    subject = _subject(target, widths)
+    all_widths = _all_widths(context, widths)
+    subject = _subject(target, widths, steps)
     dataset = coordinate_check(
         subject.make_model,
-        _all_widths(context, widths),
+        all_widths,
         subject.batches,
         loss=subject.loss,
         learning_rate=learning_rate,
@@ -95,11 +99,12 @@ def transfer(
     from gdn_mup.files import replacing
     from gdn_mup.study.estimates import Estimate
 
-    subject = _subject(target, widths)
+    all_widths = _all_widths(context, widths)
+    subject = _subject(target, widths, steps)
     rates = _learning_rates(log2_first, log2_last, step)
     dataset = lr_sweep(
         subject.make_model,
-        _all_widths(context, widths),
+        all_widths,
         subject.batches,
         rates,
         loss=subject.loss,
@@ -138,23 +143,39 @@ def _all_widths(context: typer.Context, first: int) -> list[int]:
         raise UserError(f"--widths: {' '.join(context.args)}: use whole numbers") from None
 
 
-def _subject(target: str, width: int) -> _Subject:
-    """What the module of a user provides."""
+def _subject(target: str, width: int, updates: int) -> _Subject:
+    """What the module of a user provides; of its batches, as many as there are updates."""
+    import inspect
+
+    from gdn_mup.modules.scaling import Scaling
+    from gdn_mup.modules.users import users
+
     name, _, function = target.partition(":")
     sys.path.insert(0, str(Path.cwd()))
-    try:
+    if not name or importlib.util.find_spec(name.partition(".")[0]) is None:
+        raise UserError(
+            f"{target}: No module named {name!r}: name a module that imports from here, as my_model:make_model"
+        )
+    with users(target):
         module = importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(f"{target}: {error}: name a module that imports from here, as my_model:make_model") from None
     make_model = getattr(module, function, None)
     if not callable(make_model):
         raise UserError(f"{target}: {name} has no function {function!r}: use MODULE:FUNCTION")
     batches = getattr(module, "batches", None)
     if batches is None:
-        batches = _random_tokens(make_model(width), target)
+        with users(f"make_model({width})"):
+            model = make_model(width)
+        batches = _random_tokens(model, target)
         print("batches: random tokens, since the module has none")
-    batches = list(batches() if callable(batches) else batches)
-    return _Subject(make_model, batches, getattr(module, "loss", None), dict(getattr(module, "options", {})))
+    with users(f"{name}.batches"):
+        batches = list(islice(batches() if callable(batches) else batches, updates))
+    options = getattr(module, "options", {})
+    if not isinstance(options, Mapping):
+        raise UserError(f"{name}.options: {type(options).__name__}: use a dict of arguments of Scaling.between")
+    known = inspect.signature(Scaling.between).parameters.keys() - {"make_model", "base", "target"}
+    for key in options.keys() - known:
+        raise UserError(f"{name}.options: {key}: unknown; there are {', '.join(sorted(known))}")
+    return _Subject(make_model, batches, getattr(module, "loss", None), dict(options))
 
 
 def _random_tokens(model: "nn.Module", target: str) -> list[Any]:

@@ -5,8 +5,11 @@ grows (arXiv 2203.03466, appendix D.1). What the rules say is recorded beside wh
 tell which parameter departs from them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import islice
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,9 +17,12 @@ import xarray as xr
 from torch import Tensor, nn
 
 from gdn_mup.errors import UserError
+from gdn_mup.modules.forward import uses
 from gdn_mup.modules.names import plain, unwrapped
+from gdn_mup.modules.outputs import tensors_in
 from gdn_mup.modules.scaling import Scaling
 from gdn_mup.modules.survey import MakeModel
+from gdn_mup.modules.users import users
 
 Loss = Callable[[nn.Module, Any], Tensor]
 Setup = Callable[[nn.Module, Scaling], torch.optim.Optimizer]
@@ -24,16 +30,19 @@ Setup = Callable[[nn.Module, Scaling], torch.optim.Optimizer]
 LEARNING_RATE = 2.0**-8
 _MEANINGS = {
     "rms": "root mean square of a module's output",
+    "input_rms": "root mean square of a module's input at init",
     "change": "root mean square of the change of a module's output since init",
     "weight_rms": "root mean square of a parameter",
     "gradient_rms": "root mean square of the gradient of the update before this step",
     "update_rms": "root mean square of the update before this step",
     "entries": "number of entries of a parameter",
     "learning_rate": "learning rate of a parameter",
+    "last_learning_rate": "learning rate of a parameter at the last update",
     "epsilon": "ε of a parameter",
     "weight_decay": "weight decay of a parameter",
     "rule_learning_rate": "learning rate over the base width's, by the rules",
     "rule_init_std": "root mean square at init over the base width's, by the rules",
+    "rule_fan_in": "fan-in over the base width's",
     "loss": "loss of the batch that leads to the next step",
 }
 
@@ -41,7 +50,7 @@ _MEANINGS = {
 def coordinate_check(
     make_model: MakeModel,
     widths: Sequence[int],
-    batches: Sequence[Any],
+    batches: Iterable[Any],
     *,
     loss: Loss | None = None,
     setup: Setup | None = None,
@@ -54,7 +63,8 @@ def coordinate_check(
 
     Args:
         make_model: from a width to the model with its own init, drawn from torch's generator.
-        batches: what `loss` takes; update t uses the t-th, starting over at the end. The first is the probe.
+        batches: what `loss` takes; update t uses the t-th, starting over at the end. The first is the probe. Of more
+            batches than updates, or endless ones, no more are taken.
         loss: from model and batch to a scalar. Left out, a batch of token ids [sequences, tokens] or a dict is given
             to a model that returns a loss, as transformers' and fla's do.
         setup: gives a fresh model its init and returns its optimizer; left out, that of `Scaling`, AdamW.
@@ -62,18 +72,25 @@ def coordinate_check(
         steps: numbers of updates after which to measure, beside 0.
         between: options of `Scaling.between`.
 
-    Returns, as root mean squares over all entries: rms and change since init (seed, width, step, module), weight_rms,
-    gradient_rms and update_rms (seed, width, step, parameter), the latter two those of the update that led to the
-    step; the optimizer's learning_rate, epsilon and weight_decay (width, parameter), and as multiples of the base
-    width's what the rules ask for: rule_init_std, rule_learning_rate; entries, how many there are; loss (seed, width,
-    step).
+    Returns, as root mean squares over all entries: rms and change since init (seed, width, step, module), input_rms
+    (seed, width, module), weight_rms, gradient_rms and update_rms (seed, width, step, parameter), the latter two those
+    of the update that led to the step, NaN where a parameter got no gradient; the optimizer's learning_rate (at the
+    first and at the last update), epsilon and weight_decay (width, parameter), and as multiples of the base width's
+    what the rules ask for: rule_init_std, rule_learning_rate, rule_fan_in; entries, how many there are; loss (seed,
+    width, step). A module that returns several tensors has a line for each, such as `block[1]` or `block['h']`.
+
+    Raises UserError for what `Scaling` refuses, and for whatever is raised by code of the user's own, with file and
+    line.
     """
     ordered = sorted(set(widths))
     if len(ordered) < 2:
         raise UserError(f"widths: {list(widths)}: give two or more")
+    measured = [0, *sorted(set(steps) - {0})]
+    with users("batches"):
+        batches = list(islice(batches, max(*measured, 1)))
     if not batches:
         raise UserError("batches: none: give one or more")
-    measured = [0, *sorted(set(steps) - {0})]
+    between = {"call": lambda model: loss_of(model, batches[0], loss)} | between
     cells: dict[tuple[str, tuple[str, ...]], dict[tuple[Any, ...], float]] = {}
 
     def put(variable: str, dimensions: str, at: tuple[Any, ...], value: float) -> None:
@@ -81,39 +98,57 @@ def coordinate_check(
 
     order: dict[str, None] = {}
     optimizer_name = ""
+    elsewhere: list[str] = []
+    base_rms: dict[str, float] = {}
     for width in ordered:
         scaling = Scaling.between(make_model, ordered[0], width, **between)
+        base_rms = base_rms or {name: scaling.init_rms(name) for name in scaling.entries}
         for seed in seeds:
             torch.manual_seed(seed)
-            model = make_model(width)
-            optimizer = (setup or _as_the_rules_say(learning_rate))(model, scaling)
+            with users(f"make_model({width})"):
+                model = make_model(width)
+            with users("setup") if setup else nullcontext():
+                optimizer = (setup or _as_the_rules_say(learning_rate))(model, scaling)
             optimizer_name = type(optimizer).__name__
             if seed == seeds[0]:
-                for variable, name, value in _hyperparameters(model, scaling, optimizer):
+                for variable, name, value in _hyperparameters(model, scaling, optimizer, base_rms):
                     put(variable, "width parameter", (width, name), value)
             parameters = {plain(name): p for name, p in unwrapped(model).named_parameters()}
             start = outputs(model, batches[0], loss)
+            for name in start.tensors:
+                put("input_rms", "seed width module", (seed, width, name), start.inputs.get(name, np.nan))
             for step in range(max(measured) + 1):
                 before: dict[str, Tensor] = {}
                 if step > 0:
                     optimizer.zero_grad()
-                    objective = loss_of(model, batches[(step - 1) % len(batches)], loss)
-                    objective.backward()
+                    with _calls(model) as calls:
+                        objective = loss_of(model, batches[(step - 1) % len(batches)], loss)
+                    if (width, seed, step) == (ordered[0], seeds[0], 1):
+                        elsewhere = _used_elsewhere(model, objective, calls)
+                    with users("loss"):
+                        objective.backward()
                     if step - 1 in measured:
                         put("loss", "seed width step", (seed, width, step - 1), float(objective.detach()))
                     if step in measured:
                         before = {name: p.detach().clone() for name, p in parameters.items()}
                         for name, p in parameters.items():
-                            gradient = _rms(p.grad) if p.grad is not None else 0.0
+                            gradient = _rms(p.grad) if p.grad is not None else np.nan
                             put("gradient_rms", "seed width step parameter", (seed, width, step, name), gradient)
-                    optimizer.step()
+                    if step == max(measured) and seed == seeds[0]:
+                        for name, rate in _learning_rates(parameters, optimizer).items():
+                            put("last_learning_rate", "width parameter", (width, name), rate)
+                    with users("optimizer"):
+                        optimizer.step()
                 if step not in measured:
                     continue
-                for name, tensor in (outputs(model, batches[0], loss) if step else start).items():
+                found = outputs(model, batches[0], loss).tensors if step else start.tensors
+                for name, tensor in found.items():
                     order.setdefault(name)
                     at = (seed, width, step, name)
                     put("rms", "seed width step module", at, _rms(tensor))
-                    put("change", "seed width step module", at, _rms(tensor - start[name]))
+                    first = start.tensors.get(name, tensor)
+                    alike = first.shape == tensor.shape  # experts see other tokens every time
+                    put("change", "seed width step module", at, _rms(tensor - first) if alike else np.nan)
                 for name, p in parameters.items():
                     at = (seed, width, step, name)
                     put("weight_rms", "seed width step parameter", at, _rms(p))
@@ -128,23 +163,38 @@ def coordinate_check(
         "base_width": ordered[0],
         "optimizer": optimizer_name,
         "readouts": ", ".join(scaling.readouts),
+        "used_elsewhere": ", ".join(elsewhere),
     }
     return dataset
 
 
-def outputs(model: nn.Module, batch: Any, loss: Loss | None) -> dict[str, Tensor]:
-    """What every module puts out for a batch, in the order in which they finish; the first tensor of several."""
-    found: dict[str, Tensor] = {}
+class Outputs(NamedTuple):
+    """What modules put out, in the order in which they finish, and the root mean square of what they read."""
+
+    tensors: dict[str, Tensor]
+    inputs: dict[str, float]
+
+
+def outputs(model: nn.Module, batch: Any, loss: Loss | None) -> Outputs:
+    """What every module puts out for a batch. Of several tensors the first has the module's name."""
+    found = Outputs({}, {})
     hooks = []
     inner = unwrapped(model)
     for name, module in inner.named_modules():
 
-        def record(_: nn.Module, __: Any, output: Any, name: str = plain(name)) -> None:
-            tensor = output[0] if isinstance(output, tuple) and output else output
-            if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.numel() > 1:
-                found[name or "(model)"] = tensor.detach().clone()
+        def record(_: nn.Module, args: Any, output: Any, name: str = plain(name) or "(model)") -> None:
+            read = next((t for _, t in tensors_in(args) if _is_numbers(t)), None)
+            if read is not None:
+                found.inputs[name] = _rms(read)
+            written = [(label, t) for label, t in tensors_in(output) if _is_numbers(t)]
+            known = {id(t) for t in kept}
+            for i, (label, tensor) in enumerate(written):
+                if i == 0 or id(tensor) not in known:
+                    found.tensors[name if i == 0 else f"{name}{label}"] = tensor.detach().clone()
+            kept.extend(tensor for _, tensor in written)
 
         hooks.append(module.register_forward_hook(record))
+    kept: list[Tensor] = []  # so that no two have the same identity
     was_training = inner.training
     inner.eval()
     try:
@@ -157,14 +207,56 @@ def outputs(model: nn.Module, batch: Any, loss: Loss | None) -> dict[str, Tensor
     return found
 
 
+def _is_numbers(tensor: Tensor) -> bool:
+    return (tensor.is_floating_point() or tensor.is_complex()) and tensor.numel() > 1
+
+
+@contextmanager
+def _calls(model: nn.Module) -> Iterator[Counter[str]]:
+    """How often each module is called meanwhile."""
+    calls: Counter[str] = Counter()
+    hooks = []
+    for name, module in unwrapped(model).named_modules(remove_duplicate=False):
+
+        def count(_: nn.Module, __: Any, name: str = plain(name)) -> None:
+            calls[name] += 1
+
+        hooks.append(module.register_forward_pre_hook(count))
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _used_elsewhere(model: nn.Module, objective: Tensor, calls: Counter[str]) -> list[str]:
+    """Weights of layers that the loss uses more often than their layers are called: `F.linear(h, embedding.weight)`."""
+    modules: dict[str, Any] = dict(unwrapped(model).named_modules(remove_duplicate=False))
+    holders: dict[int, list[str]] = {}
+    for path, module in modules.items():
+        within = isinstance(modules.get(path.rpartition(".")[0]), nn.MultiheadAttention)
+        if isinstance(module, nn.Linear | nn.Embedding | nn.modules.conv._ConvNd) and not within:
+            holders.setdefault(id(module.weight), []).append(path)
+    weights = {plain(path): modules[path].weight for path, *_ in holders.values()}
+    used = uses([objective], weights)
+    called = {plain(path): sum(calls[plain(p)] for p in (path, *others)) for path, *others in holders.values()}
+    return [f"{path}.weight".lstrip(".") for path in weights if used[path].total() > called[path]]
+
+
 def loss_of(model: nn.Module, batch: Any, loss: Loss | None) -> Tensor:
     """The loss of a batch, moved to the model's device; UserError if nobody has said how to compute it."""
     batch = _moved(batch, next(model.parameters()).device)
     if loss is not None:
-        return loss(model, batch)
+        with users("loss"):
+            value: Any = loss(model, batch)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise UserError(f"loss: returned {shape}: return one number, as a tensor")
+        return value
     if isinstance(batch, Tensor) and not batch.is_floating_point():
         batch = {"input_ids": batch, "labels": batch}
-    value = getattr(model(**batch), "loss", None) if isinstance(batch, Mapping) else None
+    with users("model"):
+        value = getattr(model(**batch), "loss", None) if isinstance(batch, Mapping) else None
     if value is None:
         raise UserError(
             "loss: None: the model returns none for a batch of token ids or a dict: give loss=lambda model, batch: ..."
@@ -189,28 +281,43 @@ def _as_the_rules_say(learning_rate: float) -> Setup:
 
 
 def _hyperparameters(
-    model: nn.Module, scaling: Scaling, optimizer: torch.optim.Optimizer
+    model: nn.Module, scaling: Scaling, optimizer: torch.optim.Optimizer, base_rms: Mapping[str, float]
 ) -> list[tuple[str, str, float]]:
     """What the optimizer does to each parameter, and what the rules ask for: (variable, parameter, value)."""
     rule = scaling.multipliers("sgd" if isinstance(optimizer, torch.optim.SGD) else "adamw")
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    rows = []
-    for name, parameter in scaling.parameters_of(model).items():
-        group, law = groups.get(id(parameter), {}), scaling.entries[name].base_law
-        trained = parameter.requires_grad
+    parameters = scaling.parameters_of(model)
+    rows = [("learning_rate", name, rate) for name, rate in _learning_rates(parameters, optimizer).items()]
+    for name, parameter in parameters.items():
+        group, entry, trained = groups.get(id(parameter), {}), scaling.entries[name], parameter.requires_grad
+        size = scaling.init_rms(name) / base_rms[name] if trained and base_rms[name] else np.nan
         rows += [
             ("entries", name, parameter.numel()),
-            ("learning_rate", name, float(group.get("lr", 0.0 if trained else np.nan))),
             ("epsilon", name, float(group.get("eps", np.nan))),
             ("weight_decay", name, float(group.get("weight_decay", np.nan))),
             ("rule_learning_rate", name, rule[name].learning_rate if trained else np.nan),
-            ("rule_init_std", name, scaling.init_size(name) if law is not None and law.centred else np.nan),
+            ("rule_init_std", name, size),
+            ("rule_fan_in", name, entry.parts[0].growth.fan_in),
         ]
     return rows
 
 
+def _learning_rates(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """What each parameter is trained with: 0 if it is in no group, NaN if it is frozen."""
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    return {
+        name: float(groups.get(id(p), {}).get("lr", 0.0 if p.requires_grad else np.nan))
+        for name, p in parameters.items()
+    }
+
+
 def _rms(tensor: Tensor) -> float:
-    return float(tensor.detach().double().square().mean().sqrt())
+    """Over all entries: of complex ones the absolute value, of sparse ones with the zeros."""
+    tensor = tensor.detach()
+    if tensor.layout != torch.strided:
+        values = tensor.coalesce().values()
+        return float((values.abs().double().square().sum() / max(tensor.numel(), 1)).sqrt())
+    return float(tensor.abs().double().square().mean().sqrt())
 
 
 def _array(dimensions: tuple[str, ...], values: Mapping[tuple[Any, ...], float]) -> xr.DataArray:

@@ -1,7 +1,9 @@
 """Whether the best learning rate of one's own model stays where it is: a small sweep at two widths."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +14,7 @@ from gdn_mup.checks.coordinates import Loss, Setup, loss_of
 from gdn_mup.errors import UserError
 from gdn_mup.modules.scaling import Scaling
 from gdn_mup.modules.survey import MakeModel
+from gdn_mup.modules.users import users
 from gdn_mup.study.equivalence import VerdictName, judge_transfer
 from gdn_mup.study.estimates import Estimate, Interval
 from gdn_mup.study.optimum import Optimum, find_optimum, slope_against_width, transfer_regret
@@ -36,7 +39,7 @@ class Verdict(NamedTuple):
 def lr_sweep(
     make_model: MakeModel,
     widths: Sequence[int],
-    batches: Sequence[Any],
+    batches: Iterable[Any],
     learning_rates: Sequence[float],
     *,
     loss: Loss | None = None,
@@ -54,6 +57,11 @@ def lr_sweep(
     ordered = sorted(set(widths))
     if len(ordered) < 2 or len(learning_rates) < 4:
         raise UserError("widths, learning_rates: give two widths or more and four learning rates or more")
+    with users("batches"):
+        batches = list(islice(batches, steps))
+    if not batches:
+        raise UserError("batches: none: give one or more")
+    between = {"call": lambda model: loss_of(model, batches[0], loss)} | between
     shape = (len(seeds), len(ordered), len(learning_rates))
     result = xr.DataArray(
         np.full(shape, np.nan),
@@ -67,18 +75,22 @@ def lr_sweep(
         for seed in seeds:
             for rate in learning_rates:
                 torch.manual_seed(seed)
-                model = make_model(width)
-                optimizer = (setup or _adamw)(model, scaling)
+                with users(f"make_model({width})"):
+                    model = make_model(width)
+                with users("setup") if setup else nullcontext():
+                    optimizer = (setup or _adamw)(model, scaling)
                 schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_rate, rate, warmup))
                 losses = []
                 for step in range(steps):
                     optimizer.zero_grad()
                     value = loss_of(model, batches[step % len(batches)], loss)
-                    value.backward()
+                    with users("loss"):
+                        value.backward()
                     losses.append(float(value.detach()))
                     if not np.isfinite(losses[-1]):
                         break
-                    optimizer.step()
+                    with users("optimizer"):
+                        optimizer.step()
                     schedule.step()
                 last = float(np.mean(losses[-tail:]))
                 if np.isfinite(last) and last <= losses[0]:

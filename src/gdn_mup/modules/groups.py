@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from gdn_mup.errors import UserError
 from gdn_mup.modules import forward
 from gdn_mup.modules.fans import Kind
+from gdn_mup.modules.names import plain, unwrapped
 
 if TYPE_CHECKING:
     from gdn_mup.modules.scaling import Optimizer, Scaling
@@ -46,7 +47,9 @@ def parameter_groups(
         raise UserError(f"optimizer: {optimizer!r}: use 'adamw', 'sgd' or 'muon'")
     if optimizer == "muon" and base.adamw_learning_rate is None:
         raise UserError("adamw_learning_rate: None: Muon trains matrices alone; give the learning rate of the rest")
-    parameters = {name: p for name, p in scaling.parameters_of(model).items() if p.requires_grad}
+    parameters = scaling.trained_parameters_of(model)
+    if optimizer != "sgd":
+        _refuse_sparse(model)
     forward.check(model, scaling.readouts, scaling.outputs)
     multipliers = scaling.multipliers(optimizer)
     by_muon: Groups = []
@@ -78,6 +81,15 @@ def parameter_groups(
     return MuonGroups(by_muon, others) if optimizer == "muon" else others
 
 
+def _refuse_sparse(model: nn.Module) -> None:
+    """AdamW takes no sparse gradients."""
+    for path, module in unwrapped(model).named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and module.weight.requires_grad:
+            raise UserError(
+                f"model: {plain(path) or 'it'}: sparse: True: AdamW takes no sparse gradients: use sparse=False"
+            )
+
+
 def _own_adjustment(shape: Sequence[int], adjust_lr_fn: str) -> float:
     """What torch.optim.Muon multiplies the learning rate of a matrix by, up to a constant."""
     rows, columns = shape
@@ -86,7 +98,13 @@ def _own_adjustment(shape: Sequence[int], adjust_lr_fn: str) -> float:
 
 def _add(groups: Groups, parameter: nn.Parameter, options: dict[str, Any]) -> None:
     for group in groups:
-        if {key: value for key, value in group.items() if key != "params"} == options:
+        alike = {key: value for key, value in group.items() if key != "params"} == options
+        if alike and _layout(group["params"][0]) == _layout(parameter):
             group["params"].append(parameter)
             return
     groups.append({"params": [parameter], **options})
+
+
+def _layout(parameter: Any) -> Any:
+    """What torch's optimizers, which step whole groups at once, cannot mix: sharded parameters and plain ones."""
+    return getattr(parameter, "device_mesh", None)

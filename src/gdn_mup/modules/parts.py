@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from gdn_mup.modules.users import users
+
 
 class Rows(NamedTuple):
     """How the rows of a fused parameter split: `sizes` one after another, repeated `groups` times."""
@@ -24,15 +26,17 @@ Split = Callable[[Any], Sequence[int] | Rows]
 WHOLE = "whole"  # said instead of a split: the rows are one feature axis
 
 
-def rows_of(split: Split, parent: nn.Module) -> Rows:
-    """The parts that a split finds in a model."""
-    sizes = split(parent)
-    return sizes if isinstance(sizes, Rows) else Rows(tuple(map(int, sizes)))
+def rows_of(split: Split, parent: nn.Module, name: str) -> Rows:
+    """The parts of a parameter that a split finds in a model; UserError if it finds none."""
+    with users(f"parts: {name}"):
+        sizes = split(parent)
+        return sizes if isinstance(sizes, Rows) else Rows(tuple(map(int, sizes)))
 
 
 def known_split(parent: nn.Module, child: str) -> Split | None:
-    """The split of a fused layer whose parent's type is known."""
-    return _KNOWN.get((type(parent).__name__, child))
+    """The split of a fused layer whose parent is a known type of fla or transformers."""
+    package = type(parent).__module__.partition(".")[0]
+    return _KNOWN.get((type(parent).__name__, child)) if package in ("fla", "transformers") else None
 
 
 def _mamba2_in_proj(mixer: Any) -> list[int]:

@@ -4,26 +4,32 @@ Which axes grow comes from comparing the shapes of two models, what is fan-in an
 the multipliers from the table of `scaling.rules`. Names decide nothing.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from gdn_mup.errors import UserError
-from gdn_mup.modules import forward, groups, initialization, table
+from gdn_mup.modules import attention, forward, groups, initialization, table
 from gdn_mup.modules.compare import Entry, Part, compare
 from gdn_mup.modules.fans import Kind
-from gdn_mup.modules.names import matching, plain, unwrapped
+from gdn_mup.modules.names import matching, plain, resolve, unused, unwrapped
+from gdn_mup.modules.observe import Call, Pass, observe
 from gdn_mup.modules.parts import Split
-from gdn_mup.modules.survey import MakeModel, survey
+from gdn_mup.modules.refusals import Refusal, listed
+from gdn_mup.modules.survey import MakeModel, Survey, refuse_lazy, survey
 from gdn_mup.scaling import rules
 from gdn_mup.scaling.depth import Place, depth_scaling
 from gdn_mup.scaling.growth import Axes
 
 RULES = rules.GDN_MUP
 Optimizer = Literal["adamw", "sgd", "muon"]
+Multiplier = float | Callable[[int, int], float]
+_WIDER = 8  # times the larger width, at least: beyond what sizes are rounded to
 
 
 class Depth(NamedTuple):
@@ -62,8 +68,9 @@ class Scaling:
         *,
         parts: Mapping[str, Split | str] | None = None,
         axes: Mapping[str, str] | None = None,
-        output_multipliers: Mapping[str, float] | None = None,
+        output_multipliers: Mapping[str, Multiplier] | None = None,
         depth: Depth | None = None,
+        call: Call | None = None,
     ) -> "Scaling":
         """Compare the models of two widths, built without memory for their values.
 
@@ -73,30 +80,39 @@ class Scaling:
                 to the sizes of its parts, in rows (or `Rows` where they interleave), or `"whole"`.
             axes: for bare parameters, by pattern of their name: a word for each axis, `out`, `in` (summed over) or
                 `stack` (copies side by side), or just `vector`.
-            output_multipliers: factors on the output of modules, by pattern of their name.
+            output_multipliers: factors on the output of modules, by pattern of their name; also functions from base
+                and target width to the factor.
             depth: depth scaling, off by default.
+            call: runs a model once, as training does: `lambda model: model(ids)`. Models are called without values,
+                to see what softmax attention does; left out, inputs are guessed.
 
-        Raises UserError, with the cure, if a model cannot be built or its shapes leave a rule open.
+        Raises UserError if a model cannot be built, or, with all that shapes leave open and a cure for each.
         """
         for name, width in (("base", base), ("target", target)):
             if not isinstance(width, int) or width < 1:
                 raise UserError(f"{name}: {width!r}: use a width of 1 or more")
-        surveys = {
-            w: survey(make_model, w, axes or {}) for w in {base, target, *([2 * base] if base == target else [])}
+        first, here, wide = _family(make_model, base, target)
+        arguments: dict[str, Mapping[str, Any]] = {"parts": parts or {}, "axes": axes or {}}
+        entries, refused = compare(first, here, wide, arguments["parts"], arguments["axes"])
+        multiplied = {
+            pattern: factor(base, target) if callable(factor) else factor
+            for pattern, factor in (output_multipliers or {}).items()
         }
-        probe = surveys[target if target != base else 2 * base]
-        entries = compare(surveys[base], surveys[target], probe, parts or {})
-        if base == probe.width or all(part.axes is Axes.NONE for entry in entries.values() for part in entry.parts):
+        paths = [path for path, _ in here.model.named_modules()]
+        outputs = resolve(multiplied, paths)
+        passes = (observe(first.model, call), observe(here.model, call))
+        refused += _unknown_names(here, arguments | {"output_multipliers": multiplied})
+        refused += _lost_multipliers(here.model, passes[1], multiplied)
+        refused += attention.refusals(make_model, (first, here), passes, outputs, call)
+        if refused:
+            raise UserError(listed(refused, _names(here), partial(_still_refused, (first, here, wide), arguments)))
+        if base == wide.width or all(part.axes is Axes.NONE for entry in entries.values() for part in entry.parts):
             raise UserError(
-                f"make_model: its models of width {base} and {probe.width} have equal shapes: use the width"
+                f"make_model: its models of width {base} and {wide.width} have equal shapes: use the width, and train "
+                "what grows"
             )
-        _check_used("parts", parts, (h.path for s in probe.parameters.values() for h in s.holders))
-        _check_used("axes", axes, entries)
-        model = surveys[target].model
-        outputs = _outputs(model, output_multipliers or {})
-        forward.check_softmax_attention(surveys[base].model, model, outputs)
         readouts = {path: RULES.tied_output(e.parts[0].growth) for e in entries.values() for path in e.readouts}
-        places = _places(model, entries, depth) if depth else dict.fromkeys(entries, Place.OUTSIDE)
+        places = _places(here.model, entries, depth) if depth else dict.fromkeys(entries, Place.OUTSIDE)
         return cls(base, target, entries, places, depth, readouts, outputs)
 
     def part_multipliers(self, name: str, optimizer: Optimizer) -> list[rules.Scaling]:
@@ -114,10 +130,9 @@ class Scaling:
         """
         return {name: self._merged(name, optimizer) for name in self.entries}
 
-    def init_size(self, name: str) -> float:
-        """The multiplier of a parameter's root mean square at init: over all its parts."""
-        entry, parts = self.entries[name], self.part_multipliers(name, "adamw")
-        return initialization.size(entry, [part.init_std for part in parts])
+    def init_rms(self, name: str) -> float:
+        """The root mean square of a parameter after `initialize`, of what is known of its init; NaN if some is not."""
+        return initialization.rms(self, name)
 
     def trained_by_muon(self, name: str) -> bool:
         """Whether Muon trains a parameter: matrices both of whose sides grow. AdamW trains the others."""
@@ -187,6 +202,7 @@ class Scaling:
 
     def parameters_of(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The model's parameters under the names of the entries; UserError if it is another model."""
+        refuse_lazy(model, "model")
         found = {plain(name): parameter for name, parameter in unwrapped(model).named_parameters()}
         if found.keys() != self.entries.keys():
             only = sorted(found.keys() ^ self.entries.keys())
@@ -202,6 +218,17 @@ class Scaling:
                     f"{self.target}: give a model of the target width"
                 )
         return found
+
+    def trained_parameters_of(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """Those of them that are not frozen; UserError if make_model freezes them, so that no rule is known."""
+        trained = {name: p for name, p in self.parameters_of(model).items() if p.requires_grad}
+        thawed = [name for name in trained if not self.entries[name].trained]
+        if thawed:
+            raise UserError(
+                f"model: {', '.join(thawed)}: trained here, and frozen in make_model's, so that it has no rule: "
+                "freeze and unfreeze in make_model"
+            )
+        return trained
 
     def __str__(self) -> str:
         return table.text(self, "adamw")
@@ -228,17 +255,82 @@ class Scaling:
         return scalings[0]._replace(epsilon=min(scaling.epsilon for scaling in scalings))
 
 
-def _outputs(model: nn.Module, multipliers: Mapping[str, float]) -> dict[str, float]:
-    paths = [path for path, _ in model.named_modules()]
-    _check_used("output_multipliers", multipliers, paths)
-    return {path: factor for pattern, factor in multipliers.items() for path in matching(paths, pattern)}
+def _family(make_model: MakeModel, base: int, target: int) -> tuple[Survey, Survey, Survey]:
+    """Models of both widths, and a wider one that shows which axes grow where rounding hides it between them."""
+    surveys = {width: survey(make_model, width) for width in sorted({base, target})}
+    wide = base
+    while wide < _WIDER * max(base, target):
+        wide *= 2
+    for width in (wide, 2 * base):
+        with suppress(UserError):  # a family may have few widths
+            return surveys[base], surveys[target], survey(make_model, width)
+    return surveys[base], surveys[target], surveys[target]
 
 
-def _check_used(argument: str, patterns: Mapping[str, Any] | None, names: Iterator[str] | Any) -> None:
-    known = list(names)
-    for pattern in patterns or {}:
-        if not any(matching(known, pattern)):
-            raise UserError(f"{argument}: {pattern!r} is the name of nothing in the model; there is {known[-1]!r}")
+def _names(here: Survey) -> dict[str, Collection[str]]:
+    """What a pattern may match, by argument."""
+    return {
+        "parts": list(dict.fromkeys(h.path for found in here.parameters.values() for h in found.holders)),
+        "axes": list(here.names()),
+        "output_multipliers": [path for path, _ in here.model.named_modules()],
+    }
+
+
+def _unknown_names(here: Survey, arguments: Mapping[str, Mapping[str, Any]]) -> list[Refusal]:
+    """Patterns that match nothing."""
+    return [
+        Refusal((argument,), f"{pattern!r} is the name of nothing in the model; there is {list(names)[-1]!r}")
+        for argument, names in _names(here).items()
+        for pattern in unused(arguments[argument], names)
+    ]
+
+
+def _lost_multipliers(model: nn.Module, seen: Pass, multiplied: Mapping[str, float]) -> list[Refusal]:
+    """Multipliers on modules that are not called, or return no tensor."""
+    modules, refused = dict(model.named_modules()), []
+    for pattern in multiplied:
+        paths = matching(modules, pattern)
+        uncalled = [
+            path for path in paths if _is_never_called(modules, path) or (seen.complete and not seen.calls[path])
+        ]
+        if paths and len(uncalled) == len(paths):
+            refused.append(
+                Refusal(
+                    ("output_multipliers",),
+                    f"{pattern!r}: {paths[0]} is not called when the model runs, so that its multiplier would be lost",
+                    otherwise="name a module that is called",
+                )
+            )
+        for path in paths:
+            if seen.returns.get(path, "Tensor") not in ("Tensor", "Parameter"):
+                refused.append(
+                    Refusal(
+                        ("output_multipliers",),
+                        f"{pattern!r}: {path} returns a {seen.returns[path]}, which has no one factor",
+                        otherwise="name a module that returns a tensor",
+                        group=("returns", pattern),
+                    )
+                )
+    return refused
+
+
+def _is_never_called(modules: Mapping[str, nn.Module], path: str) -> bool:
+    """torch's attention multiplies by its projection's weight itself."""
+    parent, _, child = path.rpartition(".")
+    return isinstance(modules.get(parent), nn.MultiheadAttention) and child == "out_proj"
+
+
+def _still_refused(
+    surveys: tuple[Survey, Survey, Survey],
+    arguments: Mapping[str, Mapping[str, Any]],
+    argument: str,
+    said: Mapping[str, str],
+) -> list[Refusal]:
+    """What would be refused if this were said too."""
+    if argument not in arguments:
+        return []  # multipliers are tried on a model with values, before they are offered
+    tried = {**arguments, argument: {**arguments[argument], **said}}
+    return compare(*surveys, tried["parts"], tried["axes"])[1]
 
 
 def _places(model: nn.Module, entries: Mapping[str, Entry], depth: Depth) -> dict[str, Place]:
@@ -250,12 +342,15 @@ def _places(model: nn.Module, entries: Mapping[str, Entry], depth: Depth) -> dic
     ]
     if not stacks:
         raise UserError(f"depth: the model has no ModuleList of {depth.target} blocks: set depth.target to its depth")
-    _check_used("depth.branch_outputs", dict.fromkeys(depth.branch_outputs), entries)
+    for pattern in unused(depth.branch_outputs, list(entries)):
+        raise UserError(
+            f"depth.branch_outputs: {pattern!r} is the name of nothing in the model; there is {list(entries)[-1]!r}"
+        )
+    written = {name for pattern in depth.branch_outputs for name in matching(entries, pattern)}
 
     def place(name: str) -> Place:
         if not name.startswith(tuple(stacks)):
             return Place.OUTSIDE
-        writes = any(any(matching([name], pattern)) for pattern in depth.branch_outputs)
-        return Place.BRANCH_OUTPUT if writes else Place.INSIDE
+        return Place.BRANCH_OUTPUT if name in written else Place.INSIDE
 
     return {name: place(name) for name in entries}

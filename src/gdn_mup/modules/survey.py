@@ -1,15 +1,18 @@
 """What there is to know about a model of one width without computing anything: shapes, fans, laws of the init."""
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from gdn_mup.errors import UserError
-from gdn_mup.modules.fans import Fans, Kind, declared_fans, fans
-from gdn_mup.modules.init_law import InitRecorder, Law
-from gdn_mup.modules.names import matching
+from gdn_mup.modules.fans import Fans, Kind, computed_by, declared_fans, fans
+from gdn_mup.modules.init_law import Filled, InitRecorder, Region
+from gdn_mup.modules.names import resolve
+from gdn_mup.modules.refusals import Refusal
+from gdn_mup.modules.users import users
 
 MakeModel = Callable[[int], nn.Module]
 
@@ -23,9 +26,14 @@ class Holder(NamedTuple):
     parent: nn.Module
 
     @property
+    def name(self) -> str:
+        """The parameter's name."""
+        return f"{self.path}.{self.attribute}".lstrip(".")
+
+    @property
     def is_bias(self) -> bool:
         """Whether it is a vector with one entry for each row of the weight beside it."""
-        return isinstance(self.module, nn.Linear | nn.modules.conv._ConvNd) and self.attribute != "weight"
+        return isinstance(self.module, nn.Linear | nn.modules.conv._ConvNd) and self.attribute == "bias"
 
 
 class Surveyed(NamedTuple):
@@ -33,13 +41,19 @@ class Surveyed(NamedTuple):
 
     shape: tuple[int, ...]
     fans: Fans | None
-    law: Law | None
+    filled: Filled
     holders: tuple[Holder, ...]
+    trained: bool
 
     @property
     def kind(self) -> Kind | None:
         """What it does with its input, if that can be said."""
         return self.fans.kind if self.fans else None
+
+    @property
+    def computed_by(self) -> str | None:
+        """What computes a weight from it, instead of multiplying by it."""
+        return next(filter(None, (computed_by(h.module, h.attribute) for h in self.holders)), None)
 
     @property
     def tied_readouts(self) -> tuple[str, ...]:
@@ -56,35 +70,81 @@ class Survey(NamedTuple):
     model: nn.Module
     parameters: dict[str, Surveyed]
 
+    def names(self) -> dict[str, str]:
+        """Every name that a parameter has, and the first of them, which is its key."""
+        return {holder.name: key for key, found in self.parameters.items() for holder in found.holders}
 
-def survey(make_model: MakeModel, width: int, axes: Mapping[str, str]) -> Survey:
-    """Build the model of a width without memory for its values. `axes` names those of bare parameters, by pattern.
+    def declaring(self, axes: Mapping[str, str]) -> tuple["Survey", list[Refusal]]:
+        """The same with what the user says of axes, by pattern of the name, and what cannot be so."""
+        keys, refused = self.names(), []
+        said = {keys[name]: words for name, words in resolve(axes, keys).items()}
+        parameters = {}
+        for key, found in self.parameters.items():
+            declared = _agreed_fans(found)
+            if key in said:
+                try:
+                    declared = declared_fans(said[key], found.shape)
+                except ValueError as error:
+                    refused.append(Refusal((key,), f"axes: {error}"))
+            parameters[key] = found._replace(fans=declared)
+        return self._replace(parameters=parameters), refused
+
+
+def survey(make_model: MakeModel, width: int) -> Survey:
+    """Build the model of a width without memory for its values.
 
     Raises UserError if the model cannot be built so.
     """
     recorder = InitRecorder()
     with torch.random.fork_rng(devices=[]), recorder:
-        try:
+        with users(f"make_model({width})"):
             model = make_model(width)
-        except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else ""
-            raise UserError(
-                f"make_model({width}): {type(error).__name__}: {reason}; it must build a model without reading any "
-                "tensor's values (load checkpoints afterwards)"
-            ) from error
         if not isinstance(model, nn.Module):
             raise UserError(f"make_model({width}): returned {type(model).__name__}: it must return an nn.Module")
-        parameters: dict[str, Surveyed] = {}
-        for names, parameter in _with_all_names(model):
-            holders = tuple(_holder(model, name) for name in names)
-            declared = next((axes[pattern] for pattern in axes if any(matching(names, pattern))), None)
-            try:
-                found = declared_fans(declared, parameter.shape) if declared else _agreed_fans(holders, parameter)
-            except ValueError as error:
-                raise UserError(f"axes: {names[0]}: {error}") from None
-            shape, law = tuple(parameter.shape), recorder.law(parameter)
-            parameters[names[0]] = Surveyed(shape, found, law, holders)
+        refuse_lazy(model, f"make_model({width})")
+        parameters = {
+            names[0]: Surveyed(
+                tuple(parameter.shape),
+                None,
+                recorder.filled(parameter),
+                tuple(_holder(model, name) for name in names),
+                parameter.requires_grad,
+            )
+            for names, parameter in _with_all_names(model)
+        }
     return Survey(width, model, parameters)
+
+
+def refuse_lazy(model: nn.Module, what: str) -> None:
+    """Raise UserError if parameters of the model wait for a first input to have shapes."""
+    lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
+    if lazy:
+        raise UserError(
+            f"{what}: {lazy[0]} has no shape before the first input{_more(lazy)}: call the model once in make_model "
+            "before it is returned, on an input of its own"
+        )
+
+
+_K = TypeVar("_K")
+
+
+def sharing(parameters: Iterable[tuple[_K, Tensor]]) -> list[tuple[_K, _K]]:
+    """Pairs of different parameters over the same memory: an optimizer would take each for itself."""
+    found, seen = [], dict[int, list[tuple[_K, Region, int]]]()
+    for key, parameter in parameters:
+        tensor: Tensor = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        memory = tensor.detach().untyped_storage()
+        if not memory.nbytes() or not tensor.numel():
+            continue
+        region, size = Region.of(tensor.detach()), tensor.element_size()
+        others = seen.setdefault(memory._cdata, [])
+        found += [
+            (other, key)
+            for other, theirs, their_size in others
+            if region.offset * size < theirs.end * their_size and theirs.offset * their_size < region.end * size
+        ]
+        others.append((key, region, size))
+    return found
 
 
 def _with_all_names(model: nn.Module) -> list[tuple[list[str], nn.Parameter]]:
@@ -101,11 +161,18 @@ def _holder(model: nn.Module, name: str) -> Holder:
     return Holder(path, model.get_submodule(path), attribute, parent)
 
 
-def _agreed_fans(holders: tuple[Holder, ...], parameter: Tensor) -> Fans | None:
+def _agreed_fans(parameter: Surveyed) -> Fans | None:
     """The fans that every holder gives; those of the embedding where linear layers share it; None on disagreement."""
-    found = [fans(holder.module, holder.attribute, parameter.shape) for holder in holders]
+    found = [fans(holder.module, holder.attribute, parameter.shape) for holder in parameter.holders]
     lookups = [f for f in found if f is not None and f.kind is Kind.LOOKUP]
-    linears = sum(isinstance(holder.module, nn.Linear) for holder in holders)
+    linears = sum(
+        isinstance(holder.module, nn.Linear) and f is not None and f.kind is Kind.MATRIX
+        for holder, f in zip(parameter.holders, found, strict=True)
+    )
     if lookups and len(lookups) + linears == len(found):
         return lookups[0]
     return found[0] if len(set(found)) == 1 else None
+
+
+def _more(names: list[str]) -> str:
+    return f", and {len(names) - 1} more" if len(names) > 1 else ""

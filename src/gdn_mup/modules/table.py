@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from gdn_mup.modules.compare import Entry
 from gdn_mup.modules.fans import Kind
+from gdn_mup.modules.names import as_range
 from gdn_mup.scaling.depth import Place
 from gdn_mup.scaling.growth import Axes
 
@@ -20,7 +21,7 @@ def text(scaling: "Scaling", optimizer: "Optimizer") -> str:
     lines: dict[tuple[str, ...], list[str]] = {}
     for name, entry in scaling.entries.items():
         lines.setdefault((re.sub(r"\d+", "#", name), *_cells(scaling, entry, optimizer)), []).append(name)
-    rows = [HEADER, *((_common(names), *cells) for (_, *cells), names in lines.items())]
+    rows = [HEADER, *((as_range(names), *cells) for (_, *cells), names in lines.items())]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
     body = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     title = (
@@ -73,20 +74,3 @@ def _why(scaling: "Scaling", entry: Entry, optimizer: "Optimizer") -> str:
     if (place := scaling.places[entry.name]) is not Place.OUTSIDE and scaling.depth:
         reasons.append(place.value)
     return "; ".join(reasons)
-
-
-def _common(names: list[str]) -> str:
-    """Names that differ in numbers as one: the range of each number that varies."""
-    columns = list(zip(*(re.findall(r"\d+", name) for name in names), strict=True))
-    ranges = iter([_range(sorted({int(number) for number in column})) for column in columns])
-    return re.sub(r"\d+", lambda _: next(ranges), names[0])
-
-
-def _range(numbers: list[int]) -> str:
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
