@@ -2,8 +2,10 @@
 
 import os
 import shutil
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -21,13 +23,20 @@ from gdn_mup.corpus.config import CorpusSettings
 from gdn_mup.corpus.tokens import TokenFile
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shuffle", type=int, metavar="SEED", help="files, and the tests of each, in another order")
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests that share what is made for them run one after another, in one process.
 
     These are the tests on the finished study `smoke`, which some of them change and put back, and those of a file that
     makes something for all of its tests (a fixture of scope `module`).
     """
+    if (seed := config.getoption("shuffle")) is not None:
+        places: dict[str, float] = defaultdict(Random(seed).random)  # a file's or a test's, drawn as they are asked for
+        items.sort(key=lambda item: (places[str(item.path)], places[item.nodeid]))
     for item in items:
         fixtures = item._fixtureinfo.name2fixturedefs  # type: ignore[attr-defined]
         if not item.get_closest_marker("xdist_group"):

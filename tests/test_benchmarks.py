@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from workflow_copy import ROOT
+from workflow_copy import HANGS, ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -14,7 +14,7 @@ def rehearse(name: str) -> str:
     """What a benchmark prints in a rehearsal; records are as they were."""
     records = {path: path.read_bytes() for path in (ROOT / "benchmarks/records").iterdir()}
     command = [sys.executable, str(ROOT / "benchmarks" / name), "--rehearse"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0, done.stderr
     assert {path: path.read_bytes() for path in (ROOT / "benchmarks/records").iterdir()} == records
     return done.stdout

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from command_line import gdn_mup
-from workflow_copy import ROOT, TINY, TINY_EXPERIMENT
+from workflow_copy import HANGS, ROOT, TINY, TINY_EXPERIMENT
 
 from gdn_mup.errors import EXIT_MACHINE
 from gdn_mup.study.datasets import open_dataset, open_job
@@ -153,7 +153,7 @@ def test_the_same_job_gives_the_same_bits_and_imports_no_compiler(
     options = ("--growth", "heads", "--optimizer", "adamw", "--width", 32, "--seed", 0, "--output", tmp_path / "j.nc")
     command = ("sweep", "--study", study, "--corpus", made["corpus"], *options)
     process = [sys.executable, "-X", "importtime", "-m", "gdn_mup", *map(str, command)]
-    done = subprocess.run(process, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(process, cwd=ROOT, capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0
     assert "gdn_mup.training.optimizers" in done.stderr
     assert torch.cuda.is_available() or "torch._dynamo" not in done.stderr

@@ -18,6 +18,7 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from reliability import is_said_as
+from workflow_copy import HANGS
 
 from gdn_mup.corpus.build import build_corpus
 from gdn_mup.corpus.config import CorpusSettings
@@ -75,7 +76,7 @@ def refusal(read: Callable[[], object]) -> str:
 def paste(line: str) -> None:
     """Run the command that a line names in backquotes."""
     (command,) = re.findall("`([^`]+)`", line)
-    subprocess.run(["bash", "-ec", command], check=True, timeout=60)
+    subprocess.run(["bash", "-ec", command], check=True, timeout=HANGS)
 
 
 # ---- encodings ----
@@ -416,7 +417,7 @@ def test_a_signal_is_heard_while_the_tokenizer_works(folder: Path, stage: str) -
         time.sleep(1)
         build.send_signal(signal.SIGTERM)
         sent = time.monotonic()
-        _, errors = build.communicate(timeout=60)
+        _, errors = build.communicate(timeout=HANGS)
     assert time.monotonic() - sent < 10
     assert build.returncode == EXIT_INTERRUPTED and errors.endswith("ended by SIGTERM; run the same command again\n")
     assert not [*folder.glob("out/*"), *folder.glob("out/.*")]

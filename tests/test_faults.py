@@ -20,7 +20,7 @@ import xarray as xr
 import yaml
 from command_line import gdn_mup
 from reliability import PAGE, ends_as, faults, is_said_as
-from workflow_copy import ROOT, TINY, TINY_EXPERIMENT, WorkflowCopy
+from workflow_copy import HANGS, ROOT, TINY, TINY_EXPERIMENT, WorkflowCopy
 
 from gdn_mup.errors import EXIT_INTERRUPTED, EXIT_MACHINE, TRACEBACK, ending
 from gdn_mup.model.kernels import check_head_dim
@@ -54,7 +54,7 @@ class Place:
     def run_process(self, *arguments: object) -> subprocess.CompletedProcess[str]:
         """A command in a process of its own: for how that ends."""
         command = [sys.executable, "-m", "gdn_mup", *map(str, arguments)]
-        return subprocess.run(command, cwd=self.folder, capture_output=True, text=True, timeout=300)
+        return subprocess.run(command, cwd=self.folder, capture_output=True, text=True, timeout=HANGS)
 
     def sweep(self, output: Path, *options: object) -> subprocess.CompletedProcess[str]:
         return self.run(*self.sweep_of(output, *options))
@@ -228,7 +228,7 @@ def run_notebook(name: str, executed: Path, **parameters: Path) -> subprocess.Co
     """As the workflow runs it."""
     script = [sys.executable, "workflow/scripts/run_notebook.py", f"notebooks/{name}.ipynb", executed]
     values = [f"{key}={value}" for key, value in parameters.items()]
-    return subprocess.run([*script, *values], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run([*script, *values], cwd=ROOT, capture_output=True, text=True, timeout=HANGS)
 
 
 def test_a_dataset_that_is_broken(tmp_path: Path) -> None:
@@ -351,7 +351,7 @@ def test_a_line_that_nobody_can_write_leaves_the_exit_code(place: Place, tmp_pat
     """Where the log is on the full disk too."""
     command = [sys.executable, "-m", "gdn_mup", "plan", "--study", tmp_path / "none.yaml"]
     with open("/dev/full", "w") as full:
-        assert subprocess.run(command, stderr=full, timeout=60).returncode == 2
+        assert subprocess.run(command, stderr=full, timeout=HANGS).returncode == 2
 
 
 # ---- signals outside training, which tests/test_restart.py does not see ----
@@ -364,7 +364,7 @@ def test_a_signal_ends_a_job_that_keeps_no_checkpoint(place: Place, tmp_path: Pa
     job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert job.stderr and "multiplier: heads" in job.stderr.readline()  # it trains
     job.send_signal(getattr(signal, name))
-    _, errors = job.communicate(timeout=60)
+    _, errors = job.communicate(timeout=HANGS)
     ends_as(subprocess.CompletedProcess(command, job.returncode, "", errors), "SIGTERM or SIGINT elsewhere")
     assert job.returncode == EXIT_INTERRUPTED and content(tmp_path / "place") and not (tmp_path / "job.nc").exists()
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from reliability import is_said_as
-from workflow_copy import ROOT, TINY, TINY_EXPERIMENT, WorkflowCopy
+from workflow_copy import HANGS, ROOT, TINY, TINY_EXPERIMENT, WorkflowCopy
 
 from gdn_mup.errors import MachineError, UserError
 from gdn_mup.training import gpu_slots
@@ -83,7 +83,7 @@ def test_eight_processes_share_four_gpus_whoever_is_killed(tmp_path: Path) -> No
 
     running: list[subprocess.Popen[bytes]] = []
     started = killed = 0
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + HANGS
     try:
         while started < JOBS or running:
             assert time.monotonic() < deadline, "a slot was lost"
@@ -133,7 +133,7 @@ def test_a_job_waits_for_a_gpu_and_says_so(tmp_path: Path, corpus_folder: Path) 
     assert process.poll() is None
     free_gpus(taken[1:])
     assert process.stderr.readline() == "Took GPU 2\n"
-    process.communicate(timeout=60)
+    process.communicate(timeout=HANGS)
 
 
 @pytest.mark.usefixtures("four_gpus")

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from reliability import ends_as, is_said_as
 from synthetic import in_memory, study
-from workflow_copy import ROOT
+from workflow_copy import HANGS, ROOT
 
 from gdn_mup.errors import LAST_LINE, MachineError, UserError, ending
 from gdn_mup.kernels import cache
@@ -108,7 +108,7 @@ def run_notebook(folder: Path, output: str, **environment: str) -> subprocess.Co
     data = ROOT / "results/reference/h200/coordinates.nc"
     command = [sys.executable, script, notebook, "x.ipynb", f"coordinates={data}", f"output={folder / output}"]
     return subprocess.run(
-        command, cwd=folder, env=os.environ | environment, capture_output=True, text=True, timeout=200
+        command, cwd=folder, env=os.environ | environment, capture_output=True, text=True, timeout=HANGS
     )
 
 
@@ -197,7 +197,7 @@ def test_the_last_line_finds_another_way_where_the_log_is_full(tmp_path: Path) -
         command = [sys.executable, "-m", "gdn_mup", "plan", "--study", "none.yaml"]
         environment = os.environ | {LAST_LINE: str(other.fileno())}
         done = subprocess.run(
-            command, stderr=full, env=environment, pass_fds=[other.fileno()], timeout=60, cwd=tmp_path
+            command, stderr=full, env=environment, pass_fds=[other.fileno()], timeout=HANGS, cwd=tmp_path
         )
     assert done.returncode == 2
     assert (tmp_path / "other").read_text().startswith("error: none.yaml: no such study file")

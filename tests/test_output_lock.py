@@ -10,7 +10,7 @@ import pytest
 import xarray as xr
 import yaml
 from reliability import is_logged_as_on_the_page
-from workflow_copy import LONG_ENOUGH_TO_KILL, ROOT
+from workflow_copy import HANGS, LONG_ENOUGH_TO_KILL, ROOT
 
 from gdn_mup.output_lock import alone_at
 from gdn_mup.study.datasets import open_job
@@ -24,8 +24,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
     (folder / "study.yaml").write_text(yaml.safe_dump(LONG_ENOUGH_TO_KILL))
     command = [sys.executable, "-m", "gdn_mup", "corpus", "--study", "study.yaml", "--output", "corpus"]
-    subprocess.run(command, cwd=folder, check=True, timeout=100)
-    assert sweep(folder, folder / "undisturbed.nc").wait(timeout=100) == 0
+    subprocess.run(command, cwd=folder, check=True, timeout=HANGS)
+    assert sweep(folder, folder / "undisturbed.nc").wait(timeout=HANGS) == 0
     return folder
 
 
@@ -61,7 +61,7 @@ def test_a_second_command_waits_and_takes_the_job_as_it_is(made: Path, tmp_path:
     waits, takes = second.stderr.readline().strip(), ""
     assert f"process {first.pid} makes" in waits
     is_logged_as_on_the_page(waits)
-    assert first.wait(timeout=100) == 0 and second.wait(timeout=100) == 0
+    assert first.wait(timeout=HANGS) == 0 and second.wait(timeout=HANGS) == 0
     takes = second.stderr.read().strip()
     is_logged_as_on_the_page(takes)
     same(made, job)
@@ -75,7 +75,7 @@ def test_a_second_command_goes_on_where_the_first_was_killed(made: Path, tmp_pat
     second = sweep(made, job)
     assert second.stderr and "Waiting" in second.stderr.readline()
     first.send_signal(signal.SIGKILL)
-    assert second.wait(timeout=100) == 0
+    assert second.wait(timeout=HANGS) == 0
     said = second.stderr.read()
     assert "just made" not in said and "refused" not in said
     same(made, job)
@@ -104,7 +104,7 @@ for _ in range(40):
 """
     command = [sys.executable, "-c", code, str(tmp_path / "output")]
     processes = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(4)]
-    assert [(process.wait(timeout=100), process.stderr and process.stderr.read()) for process in processes] == [
+    assert [(process.wait(timeout=HANGS), process.stderr and process.stderr.read()) for process in processes] == [
         (0, "")
     ] * 4
     assert list(tmp_path.iterdir()) == []

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import xarray as xr
 import yaml
-from workflow_copy import LONG_ENOUGH_TO_KILL, ROOT
+from workflow_copy import HANGS, LONG_ENOUGH_TO_KILL, ROOT
 
 from gdn_mup.errors import EXIT_INTERRUPTED
 from gdn_mup.study.datasets import open_job
@@ -60,7 +60,7 @@ class Job:
 
     def run(self, *options: str) -> xr.Dataset:
         process = self.start(*options)
-        _, errors = process.communicate(timeout=300)
+        _, errors = process.communicate(timeout=HANGS)
         assert process.returncode == 0, errors
         assert not self.checkpoint.exists()
         return open_job(self.output, "lr_sweep").drop_vars("seconds")
@@ -101,7 +101,7 @@ def test_processes_asked_to_end_save_and_go_on_with_the_same_bits(folder: Path) 
         time.sleep(0.01)
     before = job.checkpoint.stat().st_mtime_ns
     process.send_signal(signal.SIGTERM)  # to torchrun, which hands it on
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=HANGS)
     assert process.returncode != 0
     assert job.checkpoint.stat().st_mtime_ns > before
     assert f"ended by SIGTERM; run the same command again to go on from {job.checkpoint}" in errors
@@ -129,7 +129,7 @@ def test_processes_asked_to_end_save_and_go_on_with_the_same_bits(folder: Path) 
 def test_what_cannot_be_divided_is_refused(folder: Path, launcher: list[str], options: list[str], says: str) -> None:
     job = Job(folder, "refused")
     process = job.start(*options, launcher=launcher)
-    _, errors = process.communicate(timeout=100)
+    _, errors = process.communicate(timeout=HANGS)
     assert process.returncode != 0 and f"error: {says}\n" in errors
     assert not job.output.exists()
 
@@ -141,5 +141,5 @@ def test_a_second_signal_within_a_second_is_the_same_request(folder: Path) -> No
         time.sleep(0.01)
     for _ in range(2):
         process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=HANGS)
     assert process.returncode == EXIT_INTERRUPTED, errors

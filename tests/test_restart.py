@@ -13,7 +13,7 @@ import pytest
 import xarray as xr
 import yaml
 from reliability import ends_as
-from workflow_copy import LONG_ENOUGH_TO_KILL, ROOT, WorkflowCopy
+from workflow_copy import HANGS, LONG_ENOUGH_TO_KILL, ROOT, WorkflowCopy
 
 from gdn_mup.errors import EXIT_INTERRUPTED
 from gdn_mup.study.datasets import open_dataset, open_job
@@ -60,7 +60,7 @@ class Job:
 
     def finish(self) -> xr.Dataset:
         process = self.start(checkpoint_seconds=120.0)
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=HANGS)
         assert process.returncode == 0, errors
         assert sorted(path.name for path in self.output.parent.iterdir()) == ["job.nc", "study.yaml"]
         return open_job(self.output, KINDS[self.command]).drop_vars("seconds").drop_attrs()  # type: ignore[arg-type]
@@ -114,7 +114,7 @@ def test_a_job_that_reuses_runs_does_not_go_on_from_a_checkpoint_of_the_whole_jo
     process.kill()
     process.communicate()
     process = job.start(reuse=[other.output])
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=HANGS)
     assert process.returncode == 0 and "checkpoint refused: of other settings" in errors, errors
 
 
@@ -127,7 +127,7 @@ def test_a_job_asked_to_end_saves_and_says_how_to_go_on(
     before = job.written()
     asked = time.monotonic()
     process.send_signal(getattr(signal, name))
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=HANGS)
     assert time.monotonic() - asked < SECONDS_TO_END
     ends_as(subprocess.CompletedProcess([], process.returncode, "", errors), "SIGTERM or SIGINT while a job trains")
     assert process.returncode == EXIT_INTERRUPTED

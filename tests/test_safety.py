@@ -14,7 +14,7 @@ import pytest
 import yaml
 from reliability import ends_as
 from test_faults import STUDY, fill, mounted  # noqa: F401 - a fixture
-from workflow_copy import WorkflowCopy
+from workflow_copy import HANGS, WorkflowCopy
 
 PUBLISHED = ("--cores", "1", "--config", "study=h200", "runs=reference", "device=cpu", "--")
 FIGURE = "results/h200/figures/norm_epsilon.svg"
@@ -90,7 +90,7 @@ def test_a_notebook_that_fails_leaves_the_old_figure(drawn: WorkflowCopy, fault:
     with drawn.start(*PUBLISHED, FIGURE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as run:
         if not wrong:
             kill_kernel_of(run)
-        output, _ = run.communicate(timeout=300)
+        output, _ = run.communicate(timeout=HANGS)
     assert run.returncode == 1 and "Traceback" not in output
     ends_as(last_error(subprocess.CompletedProcess([], 1, output)), fault)
     assert hashes(drawn) == before
@@ -187,7 +187,7 @@ def test_a_home_that_is_none(published: WorkflowCopy, monkeypatch: pytest.Monkey
     command = [sys.executable, "-m", "snakemake", "--nocolor", "-n", *PUBLISHED, FIGURE]
     environment = {name: value for name, value in os.environ.items() if name != "XDG_CACHE_HOME"}
     options = {"cwd": published.folder, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    run = subprocess.run(command, text=True, timeout=100, **options)
+    run = subprocess.run(command, text=True, timeout=HANGS, **options)
     (line,) = [line for line in run.stdout.splitlines() if line.startswith("NotADirectoryError")]
     done = subprocess.CompletedProcess([], run.returncode, "", line)
     ends_as(done, "a home folder that is none, through Snakemake")

@@ -157,7 +157,7 @@ def test_slopes_with_the_base_width_of_the_finer_study(site: Path) -> None:
     coarse, fine = (evidence(study)["lr_sweep"] for study in ("h200", "h200_fine"))
     growths = {title: name for name, title in GROWTH_TITLES.items()}
     names = {title: name for name, title in RULE_TITLES.items()}
-    assert len(shown) == 1 + 2 * len(RULE_TITLES)
+    assert len(shown) == 1 + 2 * coarse.sizes["rules"]
     for growth, rules, slope, _ in shown[1:]:
         base = transfer(fine, growths[growth], "adamw", "gdn_mup").optima[128]
         wider = [transfer(coarse, growths[growth], "adamw", names[rules]).optima[width] for width in (256, 512, 1024)]

@@ -10,7 +10,7 @@ import pytest
 import xarray as xr
 import yaml
 from slurm_cluster import Cluster, slurm_cluster
-from workflow_copy import LONG_ENOUGH_TO_KILL, WorkflowCopy
+from workflow_copy import HANGS, LONG_ENOUGH_TO_KILL, WorkflowCopy
 
 from gdn_mup.study.datasets import open_dataset
 
@@ -45,7 +45,7 @@ def test_a_cancelled_job_runs_again_and_the_dataset_is_that_of_a_local_run(clust
         run = copy.start(*PROFILE, *arguments, stdout=output, stderr=subprocess.STDOUT)
         try:
             cancelled = cancel_one_that_trains(cluster, copy, run)
-            run.wait(timeout=600)
+            run.wait(timeout=HANGS)
         finally:
             run.kill()
         output.seek(0)
@@ -76,7 +76,7 @@ def cancel_one_that_trains(cluster: Cluster, copy: WorkflowCopy, run: subprocess
                 continue
             cluster.cancel(job["id"])
             checkpoint = copy.folder / f"results/killable/jobs/{name.replace('/', '/.')}.nc.checkpoint"
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + HANGS
             while not checkpoint.exists():
                 assert time.monotonic() < deadline, "no checkpoint: cancelled before or after it trained"
                 time.sleep(0.01)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+HANGS = 1800  # seconds after which a process hangs, however busy the machine is
 
 # A corpus of real text and a model that are made and trained in seconds; and what an experiment on it needs.
 TINY = {
@@ -61,7 +62,7 @@ class WorkflowCopy:
         """Run Snakemake to its end; standard error is part of `stdout`."""
         with self.start(*arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as run:
             try:
-                output, _ = run.communicate(timeout=600)
+                output, _ = run.communicate(timeout=HANGS)
             except BaseException:
                 run.kill()
                 raise
