@@ -185,4 +185,5 @@ def test_runs_of_other_settings_are_refused(coarse: Study, fine: Study, from_els
 def test_a_file_that_is_no_job_of_a_sweep_is_refused(fine: Study, tmp_path: Path) -> None:
     done = fine.sweep(tmp_path / "job.nc", tmp_path / "none.nc")
     assert done.returncode == 2
-    assert done.stderr == f"error: {tmp_path}/none.nc: no such file; name job files or datasets of learning-rate sweeps\n"
+    cure = "name job files or datasets of learning-rate sweeps"
+    assert done.stderr == f"error: {tmp_path}/none.nc: no such file; {cure}\n"
