@@ -149,10 +149,9 @@ def test_one_growth_mode_does_not_decide_on_both() -> None:
 
 
 def test_a_drift_inside_the_margin_is_a_number_not_a_refutation() -> None:
-    """With little noise 0 is outside of the slope's interval, and the cost is a few thousandths."""
+    """However little noise there is, a tenth of an octave per doubling costs less than matters."""
     found = verdicts(slopes=SLOPES | {"gdn_mup": -0.1}, noise=0.0003)
     assert found["C2", "gdn_mup"].verdict == "reproduced", found["C2", "gdn_mup"]
-    assert re.search(r"slope −0\.1.*, within ±0.5; a (trend|drift)", found["C2", "gdn_mup"].reason)
     assert found["C8", "gdn_mup"].verdict == "inconclusive"  # of one growth mode
 
 

@@ -89,6 +89,7 @@ def drawings(
         "published_losses": figures.published_losses(lr_sweep),
         "training_curves": figures.training_curves(lr_sweep),
         "transfer_over_training": figures.transfer_over_training(lr_sweep),
+        "clipped_updates": figures.clipped_updates(lr_sweep),
     }
 
 

@@ -137,7 +137,9 @@ def test_results_are_the_verdicts_of_the_published_datasets(site: Path) -> None:
     found = page(site, "results.html")
     shown = [row for table in tables(found) if "verdict" in table[0] for row in table[1:] if row[2] == "all"]
     fine = ("C2", "C4", "C8", "C10")  # what h200_fine was run for: told behind h200
-    expected = [
+    longer = [v for study in ("h200_4x", "h200_4x_sp") for v in verdicts(study) if not v.rules]
+    told_first = [v.verdict for v in longer if v.claim in ("C1", "C2") and v.verdict != "not tested"]
+    expected = told_first + [
         verdict.verdict
         for claim in CLAIMS
         for study in ("h200", "h200_fine")

@@ -21,7 +21,7 @@ STUDIES = sorted(path.stem for path in (ROOT / "config/studies").glob("*.yaml"))
 FIGURES = {
     *("coordinate_check", "gate_dynamics", "predicted_exponents", "gate_gradients", "norm_epsilon", "clipping"),
     *("lr_transfer_adamw", "lr_transfer_sgd", "optimum_vs_width", "loss_vs_width", "training_curves"),
-    *("growth_modes", "published_losses", "base_width_tuning", "transfer_over_training"),
+    *("growth_modes", "published_losses", "base_width_tuning", "transfer_over_training", "clipped_updates"),
 }
 TABLES = {"scaling_rules", "optima", "transfer_metrics", "verdicts", "cost"}
 

@@ -251,7 +251,7 @@ def get_products(name: str) -> list[str]:
         figures += ["base_width_tuning"]
     if "lr_sweep" in kinds:
         figures += [f"lr_transfer_{sweep.optimizer}" for sweep in study.sweeps]
-        figures += ["optimum_vs_width", "loss_vs_width", "training_curves", "published_losses"]
+        figures += ["optimum_vs_width", "loss_vs_width", "training_curves", "published_losses", "clipped_updates"]
         if has_both_growth_modes(study):
             figures += ["growth_modes"]
         if shows_training(study):

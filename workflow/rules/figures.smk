@@ -320,6 +320,35 @@ use rule figure_coordinate_check as figure_transfer_over_training with:
         "Figure of study {wildcards.study}: transfer of the learning rate over training"
 
 
+use rule figure_coordinate_check as figure_clipped_updates with:
+    input:
+        notebook="notebooks/clipped_updates.ipynb",
+        lr_sweep="results/{study}/datasets/lr_sweep.nc",
+        code=[
+            "src/gdn_mup/study/figures/style.py",
+            "src/gdn_mup/study/figures/clipped_updates.py",
+            "src/gdn_mup/study/clipping.py",
+            "src/gdn_mup/study/loss_curve.py",
+            "src/gdn_mup/study/optimum.py",
+        ],
+    output:
+        svg=report(
+            "results/{study}/figures/clipped_updates.svg",
+            caption="../report/clipped_updates.rst",
+            category="Figures",
+            labels={"figure": "Updates clipped"},
+        ),
+        png="results/{study}/figures/clipped_updates.png",
+        csv="results/{study}/figures/clipped_updates.csv",
+        notebook="results/{study}/notebooks/clipped_updates.ipynb",
+    log:
+        "results/{study}/logs/figures/clipped_updates.log",
+    benchmark:
+        "results/{study}/benchmarks/figures/clipped_updates.tsv"
+    message:
+        "Figure of study {wildcards.study}: share of updates clipped against width"
+
+
 use rule figure_coordinate_check as figure_predicted_exponents with:
     input:
         notebook="notebooks/predicted_exponents.ipynb",

@@ -3,6 +3,7 @@
 A title says what the data say, computed from them. `save` writes a figure as svg, png and csv.
 """
 
+from gdn_mup.study.figures.clipped_updates import clipped_updates
 from gdn_mup.study.figures.clipping import clipping_against_width
 from gdn_mup.study.figures.coordinates import coordinate_check
 from gdn_mup.study.figures.dynamics import gate_and_state_dynamics
@@ -21,6 +22,7 @@ from gdn_mup.study.figures.tuning import base_width_tuning
 __all__ = [
     "Drawing",
     "base_width_tuning",
+    "clipped_updates",
     "clipping_against_width",
     "coordinate_check",
     "gate_and_state_dynamics",
