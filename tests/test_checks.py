@@ -13,6 +13,7 @@ from module_examples import Mlp
 from torch import Tensor, nn
 
 from gdn_mup import coordinate_check
+from gdn_mup.checks.commands import _learning_rates
 from gdn_mup.checks.findings import exponents, findings
 from gdn_mup.checks.transfer import judge, lr_sweep
 from gdn_mup.errors import UserError
@@ -179,3 +180,11 @@ def test_transfer_prints_every_optimum_and_the_move(tmp_path: Path):
     assert first.startswith("width 16: ") and second.startswith("width 32: ")
     assert verdict.startswith("the best learning rate: ")
     assert (tmp_path / "sweep.nc").exists()
+
+
+def test_a_grid_of_learning_rates_ends_where_it_says() -> None:
+    assert _learning_rates(-12, -4, 1) == [2.0**power for power in range(-12, -3)]
+    with pytest.raises(UserError, match="--step 3: steps of 3 from log2_first -12 miss log2_last -4; end at -6 or -3"):
+        _learning_rates(-12, -4, 3)
+    with pytest.raises(UserError, match="the grid falls"):
+        _learning_rates(-4, -12, 1)

@@ -17,10 +17,12 @@ put_back = set()
 
 
 def restore_output(persistence, path, restore=PersistenceBase.restore_output):
-    if not persistence._get_backup_path(path).exists():  # there was none before the job
+    kept = persistence._get_backup_path(path).exists()
+    elsewhere = workflow.is_main_process and workflow.nodes is not None and os.path.exists(path)  # put back where it ran
+    if not kept and not elsewhere:  # there was none before the job
         return False
     put_back.add(str(path))
-    return restore(persistence, path)
+    return restore(persistence, path) if kept else True
 
 
 async def record(persistence, job, finished=PersistenceBase.finished):
