@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -322,6 +323,29 @@ def test_complex_weights_are_followed_and_rescaled_by_their_absolute_values():
     assert model.m.abs().square().mean().sqrt().item() == pytest.approx(0.05, rel=0.02)
 
 
+class Tables(nn.Module):
+    """Values that are computed: sines of positions, and a matrix of them that would have to be scaled."""
+
+    def __init__(self, width: int, *mixed: str) -> None:
+        super().__init__()
+        self.f = nn.Linear(4, width)
+        self.positions = nn.Parameter(torch.sin(torch.arange(10.0)[:, None] * torch.arange(width) / width))
+        for name in mixed:
+            setattr(self, name, nn.Parameter(torch.sin(torch.arange(float(width))[:, None] * torch.arange(width))))
+
+
+def test_tables_stay_where_nothing_scales_them_and_are_asked_for_together_where_something_does():
+    axes = {"positions": "stack out", "a": "out in", "b": "out in"}
+    scaling, model = Scaling.between(Tables, BASE, TARGET, axes={"positions": "stack out"}), Tables(TARGET)
+    before = model.positions.detach().clone()
+    scaling.initialize(model)
+    assert torch.equal(model.positions, before)
+    mixed = Scaling.between(lambda w: Tables(w, "a", "b"), BASE, TARGET, axes=axes)
+    with pytest.raises(UserError, match=r"a: make_model fills it .*std=\{'a': \.\.\.\}.*; b: make_model fills it"):
+        mixed.initialize(Tables(TARGET, "a", "b"))
+    mixed.initialize(Tables(TARGET, "a", "b"), std={"a": 0.1, "b": 0.1})
+
+
 # What is not trained.
 
 
@@ -459,6 +483,8 @@ def test_a_multiplier_on_what_is_no_tensor_is_refused(output):
 def test_a_multiplier_on_what_is_never_called_is_refused():
     make = lambda w: Branching(w, lambda x: x)  # noqa: E731
     assert "never is not called" in refusal(make, output_multipliers={"never": 0.5})
+    call = lambda model: model.never(model(torch.zeros(2, 4, device=model.f.weight.device)))  # noqa: E731
+    Scaling.between(make, BASE, TARGET, output_multipliers={"never": 0.5}, call=call)
     scaling = Scaling.between(make, BASE, TARGET, output_multipliers={"never": 0.5}, call=lambda model: 1 / 0)
     model = make(TARGET)
     scaling.initialize(model)
@@ -661,6 +687,14 @@ def test_a_family_of_two_widths_is_enough():
     assert init(Scaling.between(make, 32, 128), "0.weight") == 0.5
 
 
+def test_a_family_that_gets_deeper_at_other_widths_is_enough():
+    def make(width: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(6, width), *[nn.Linear(width, width) for _ in range(2 if width < 200 else 4)])
+
+    scaling = Scaling.between(make, 32, 128)
+    assert init(scaling, "1.weight") == 0.5 and len(scaling.entries) == 6
+
+
 # Memory.
 
 
@@ -751,7 +785,7 @@ def test_the_last_pattern_holds_and_a_whole_name_above_all():
         (lambda w: __import__("a_package_that_is_not_there"), "ModuleNotFoundError: No module named 'a_package_that"),
         (lambda w: (_ for _ in ()).throw(AssertionError("heads must divide")), "AssertionError: heads must divide"),
         (lambda w: [][w], "IndexError: list index out of range"),
-        (lambda w: exit(1), r"sys\.exit\(1\) was called"),
+        (lambda w: sys.exit(1), r"sys\.exit\(1\) was called"),
         (lambda w: nn.Linear(w, w).weight.tolist(), "must build a model without reading any tensor's values"),
     ],
 )

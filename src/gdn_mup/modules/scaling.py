@@ -263,7 +263,9 @@ def _family(make_model: MakeModel, base: int, target: int) -> tuple[Survey, Surv
         wide *= 2
     for width in (wide, 2 * base):
         with suppress(UserError):  # a family may have few widths
-            return surveys[base], surveys[target], survey(make_model, width)
+            wider = survey(make_model, width)
+            if wider.parameters.keys() == surveys[target].parameters.keys():  # not deeper, either
+                return surveys[base], surveys[target], wider
     return surveys[base], surveys[target], surveys[target]
 
 
@@ -298,7 +300,7 @@ def _lost_multipliers(model: nn.Module, seen: Pass, multiplied: Mapping[str, flo
                 Refusal(
                     ("output_multipliers",),
                     f"{pattern!r}: {paths[0]} is not called when the model runs, so that its multiplier would be lost",
-                    otherwise="name a module that is called",
+                    otherwise="name a module that is called, or, if training calls it, say how: call=lambda model: ...",
                 )
             )
         for path in paths:
