@@ -384,7 +384,6 @@ TILINGS = {
 }
 
 
-
 def tiling_of(key_dim: int, value_dim: int) -> Tiling:
     """How heads of this shape are computed: as the smallest shape of the table that they fit in."""
     keys, values = _padded(key_dim), _padded(value_dim)
