@@ -8,6 +8,7 @@ rule clipping:
         "results/{study}/logs/clipping/{growth}_{optimizer}_width{width}_seed{seed}.log",
     benchmark:
         "results/{study}/benchmarks/clipping/{growth}_{optimizer}_width{width}_seed{seed}.tsv"
+    priority: LONG_JOB
     conda:
         "../../environment.yml"
     threads: TRAINING_THREADS

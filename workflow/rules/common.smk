@@ -26,6 +26,10 @@ os.environ.update(PATH=os.pathsep.join([os.path.dirname(sys.executable), os.envi
 # Snakemake hands this on as OMP_NUM_THREADS and its kin.
 TRAINING_THREADS = 1
 
+# Of sweeps, searches and clipping checks, whose jobs are the longest: they start first, so that no core waits at the end
+# for one that began last.
+LONG_JOB = 1
+
 KINDS = ("lr_sweep", "coordinates", "multiplier", "tuning", "clipping")  # of experiments, and of their datasets
 EVIDENCE = tuple(kind for kind in KINDS if kind != "clipping")  # what the claims are judged on
 

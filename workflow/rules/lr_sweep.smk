@@ -8,6 +8,7 @@ rule lr_sweep:
         "results/{study}/logs/lr_sweep/{growth}_{optimizer}_width{width}_seed{seed}.log",
     benchmark:
         "results/{study}/benchmarks/lr_sweep/{growth}_{optimizer}_width{width}_seed{seed}.tsv"
+    priority: LONG_JOB
     conda:
         "../../environment.yml"
     threads: TRAINING_THREADS

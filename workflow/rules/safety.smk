@@ -9,8 +9,8 @@ from snakemake.persistence import PersistenceBase
 # Results stay until better ones are there. By itself Snakemake removes the outputs of a job before it starts; those that
 # are to be updated it puts back when the job fails. But then it takes them for the outcome of that job, and would never
 # make them again: here they stay marked as incomplete.
-for each in workflow.rules:
-    for file in each.output:
+for one in workflow.rules:  # by another name snakemake --lint would take this for a rule
+    for file in one.output:
         file.set_flags({**file.flags, "update": True})
 
 put_back = set()

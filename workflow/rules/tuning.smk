@@ -9,6 +9,7 @@ rule tuning:
         "results/{study}/logs/tuning/{growth}_{optimizer}_width{width}_seed{seed}.log",
     benchmark:
         "results/{study}/benchmarks/tuning/{growth}_{optimizer}_width{width}_seed{seed}.tsv"
+    priority: LONG_JOB
     conda:
         "../../environment.yml"
     threads: TRAINING_THREADS
