@@ -52,7 +52,7 @@ class Coverage:
             self.seen[what][group].append((truth, interval))
             self.errors[what].append(value - truth)
 
-    def check(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def check(self, capsys: pytest.CaptureFixture[str], most: float = MOST) -> None:
         """Print a line for each quantity and one for its groups, then hold all to the limits."""
         covered, lines = {}, [""]
         for what, groups in self.seen.items():
@@ -70,7 +70,7 @@ class Coverage:
         assert covered
         for what, share in covered.items():  # 1 000 studies or fewer know a share to about two of its standard errors
             error = 2 * np.sqrt(share * (100 - share) / sum(map(len, self.seen[what].values())))
-            assert LEAST - error <= share <= MOST + error, covered
+            assert LEAST - error <= share <= most + error, covered
         for what, groups in self.seen.items():
             known = sum(map(len, groups.values()))
             assert known >= 0.4 * STUDIES and known > 0.8 * (known + self.without[what]), what
@@ -140,7 +140,9 @@ def test_curves_like_the_published_ones(
             truth = float(curves[i].excess(np.array([-slope * i]))[0])
             diverges = "diverges" * bool(np.isinf(regret.value))
             coverage.add(f"regret, {cell}", group, truth, regret.interval, regret.reason or diverges)
-    coverage.check(capsys)
+    # Smooth curves: from half octaves on what lies between grid points is better known than the process assumes, which
+    # has to do for sharply bent curves as well (93 to 96 % there). Intervals then cover up to 100 %.
+    coverage.check(capsys, most=MOST if spacing < 0.5 else 100.0)
 
 
 def _check_below_the_least_mean(optimum: Optimum) -> None:
