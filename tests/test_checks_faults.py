@@ -1,5 +1,6 @@
 """What a coordinate check sees, and what it makes of code that is not ours."""
 
+import importlib
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import gdn_mup
 from module_examples import Mlp
 from reliability import ends_as, is_said_as
 from torch import Tensor, nn
@@ -403,7 +405,7 @@ BROKEN = {
     "an exit": RIGHT + "\nsys.exit(1)\n",
     "an exit without a word": RIGHT + "\nraise SystemExit\n",
     "an error in make_model": RIGHT + "\ndef make_model(width):\n    return [][width]\n",
-    "an exit in make_model": RIGHT + "\ndef make_model(width):\n    exit(1)\n",
+    "an exit in make_model": RIGHT + "\ndef make_model(width):\n    sys.exit(1)\n",
     "an error in batches": RIGHT + "\ndef batches():\n    yield 1 / 0\n",
     "an error in loss": RIGHT + "\ndef loss(model, batch):\n    return model(batch[1])\n",
     "a file that is not there": RIGHT + "\ndef batches():\n    return open('nowhere.bin')\n",
@@ -413,29 +415,34 @@ BROKEN = {
 }
 
 
-def run(folder: Path, command: str, module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    (folder / "mine.py").write_text(module)
-    code = f"import sys; sys.path.append({str(Path(__file__).parent)!r}); from gdn_mup.cli import main; main()"
-    call = [sys.executable, "-c", code, command, "mine:make_model", "--widths", "16", "32", "--seeds", "1", *arguments]
-    return subprocess.run(call, cwd=folder, capture_output=True, text=True, timeout=120)
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """A command on a module of one's own."""
+
+    def command(name: str, module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        (tmp_path / "mine.py").write_text(module)
+        monkeypatch.delitem(sys.modules, "mine", raising=False)
+        importlib.invalidate_caches()
+        widths = ["--widths", "16", "32", "--seeds", "1"]
+        return gdn_mup(name, "mine:make_model", *widths, *arguments, folder=tmp_path)
+
+    return command
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("mistake", BROKEN)
-def test_a_mistake_in_the_users_module_is_one_line_and_never_the_code_of_a_finding(mistake, tmp_path: Path):
-    done = run(tmp_path, "check", BROKEN[mistake])
+def test_a_mistake_in_the_users_module_is_one_line_and_never_the_code_of_a_finding(mistake, run):
+    done = run("check", BROKEN[mistake])
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: "), done.stderr
     if "exit" not in mistake and "options" not in mistake and mistake != "no loss":
         assert re.search(r"\.py:\d+\)$", done.stderr.strip())
 
 
-def test_what_the_page_says_of_the_users_module_is_so(tmp_path: Path):
-    ends_as(run(tmp_path, "check", BROKEN["an error in loss"]), "an error in a module of your own")
+def test_what_the_page_says_of_the_users_module_is_so(run):
+    ends_as(run("check", BROKEN["an error in loss"]), "an error in a module of your own")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("command", ["check", "transfer"])
-def test_endless_batches_end(command, tmp_path: Path):
-    done = run(tmp_path, command, RIGHT, *(["--steps", "10"] if command == "transfer" else []))
+def test_endless_batches_end(command, run):
+    done = run(command, RIGHT, *(["--steps", "10"] if command == "transfer" else []))
     assert done.returncode in (0, 1) and not done.stderr, done.stderr

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -661,6 +662,14 @@ def test_a_family_of_two_widths_is_enough():
     assert init(Scaling.between(make, 32, 128), "0.weight") == 0.5
 
 
+def test_a_family_that_gets_deeper_at_other_widths_is_enough():
+    def make(width: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(6, width), *[nn.Linear(width, width) for _ in range(2 if width < 200 else 4)])
+
+    scaling = Scaling.between(make, 32, 128)
+    assert init(scaling, "1.weight") == 0.5 and len(scaling.entries) == 6
+
+
 # Memory.
 
 
@@ -751,7 +760,7 @@ def test_the_last_pattern_holds_and_a_whole_name_above_all():
         (lambda w: __import__("a_package_that_is_not_there"), "ModuleNotFoundError: No module named 'a_package_that"),
         (lambda w: (_ for _ in ()).throw(AssertionError("heads must divide")), "AssertionError: heads must divide"),
         (lambda w: [][w], "IndexError: list index out of range"),
-        (lambda w: exit(1), r"sys\.exit\(1\) was called"),
+        (lambda w: sys.exit(1), r"sys\.exit\(1\) was called"),
         (lambda w: nn.Linear(w, w).weight.tolist(), "must build a model without reading any tensor's values"),
     ],
 )

@@ -37,7 +37,7 @@ def check(make: Callable[[int], nn.Module], setup: Callable[[nn.Module, Scaling]
 
 def counts(found: list[Finding]) -> str:
     """How many findings are about parameters, and how many about outputs."""
-    outputs = sum("output" in finding.what for finding in found)
+    outputs = sum("output" in finding.what or finding.where == "(loss)" for finding in found)
     return f"{len(found) - outputs} | {outputs}"
 
 

@@ -139,7 +139,9 @@ class _Causes:
         dataset, tied = self._dataset.sel(step=0), name in self._dataset.attrs["readouts"].split(", ")
         read = dataset.input_rms.sel(module=name)
         if tied:
-            read = read * (dataset.width / dataset.width.min())  # before its forward multiplier
+            if abs(self._exponent(read).value[0]) < EXACT:
+                return self.of(name)  # not divided by the width: its forward multiplier is not there
+            read = read * (dataset.width / dataset.width.min())
         elif f"{name}.weight" in self._parameters:
             weight = {"parameter": f"{name}.weight"}
             size = dataset.weight_rms.sel(weight) * np.sqrt(dataset.rule_fan_in.sel(weight))

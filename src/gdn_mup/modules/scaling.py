@@ -263,7 +263,9 @@ def _family(make_model: MakeModel, base: int, target: int) -> tuple[Survey, Surv
         wide *= 2
     for width in (wide, 2 * base):
         with suppress(UserError):  # a family may have few widths
-            return surveys[base], surveys[target], survey(make_model, width)
+            wider = survey(make_model, width)
+            if wider.parameters.keys() == surveys[target].parameters.keys():  # not deeper, either
+                return surveys[base], surveys[target], wider
     return surveys[base], surveys[target], surveys[target]
 
 
