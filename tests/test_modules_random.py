@@ -199,13 +199,28 @@ def adamw(expected: Expected, target: int) -> tuple[float, float, float]:
     return (1 / r_in, 1 / r_in, 1.0) if reads else (1.0, 1.0, 1.0)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-@given(
+MODELS = given(
     layers=st.lists(LAYERS, min_size=1, max_size=6),
     tie=st.sampled_from([None, None, "parameter", "memory"]),
     target=st.sampled_from([8, 24, 32, 64]),
 )
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@MODELS
 def test_a_model_composed_at_random_is_right_or_refused(layers: list[Layer], tie: str | None, target: int) -> None:
+    is_right_or_refused(layers, tie, target)
+
+
+@pytest.mark.slow
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@MODELS
+def test_many_models_composed_at_random_are_right_or_refused(layers: list[Layer], tie: str | None, target: int) -> None:
+    is_right_or_refused(layers, tie, target)
+
+
+def is_right_or_refused(layers: list[Layer], tie: str | None, target: int) -> None:
+    """Build, compare, initialise twice, and make groups."""
     composed = compose(layers, tie)
     if composed.refused:
         with pytest.raises(UserError) as error:
