@@ -323,6 +323,29 @@ def test_complex_weights_are_followed_and_rescaled_by_their_absolute_values():
     assert model.m.abs().square().mean().sqrt().item() == pytest.approx(0.05, rel=0.02)
 
 
+class Tables(nn.Module):
+    """Values that are computed: sines of positions, and a matrix of them that would have to be scaled."""
+
+    def __init__(self, width: int, *mixed: str) -> None:
+        super().__init__()
+        self.f = nn.Linear(4, width)
+        self.positions = nn.Parameter(torch.sin(torch.arange(10.0)[:, None] * torch.arange(width) / width))
+        for name in mixed:
+            setattr(self, name, nn.Parameter(torch.sin(torch.arange(float(width))[:, None] * torch.arange(width))))
+
+
+def test_tables_stay_where_nothing_scales_them_and_are_asked_for_together_where_something_does():
+    axes = {"positions": "stack out", "a": "out in", "b": "out in"}
+    scaling, model = Scaling.between(Tables, BASE, TARGET, axes={"positions": "stack out"}), Tables(TARGET)
+    before = model.positions.detach().clone()
+    scaling.initialize(model)
+    assert torch.equal(model.positions, before)
+    mixed = Scaling.between(lambda w: Tables(w, "a", "b"), BASE, TARGET, axes=axes)
+    with pytest.raises(UserError, match=r"a: make_model fills it .*std=\{'a': \.\.\.\}.*; b: make_model fills it"):
+        mixed.initialize(Tables(TARGET, "a", "b"))
+    mixed.initialize(Tables(TARGET, "a", "b"), std={"a": 0.1, "b": 0.1})
+
+
 # What is not trained.
 
 

@@ -66,7 +66,7 @@ def initialize(
     _check_memory(parameters)
     _check_tied(scaling, parameters)
     given = _given(std, scaling.entries)
-    fills = {name: _fills(scaling, name) for name in parameters if name not in given}
+    fills = _all_fills(scaling, [name for name in parameters if name not in given])
     known: dict[str, dict[str, float]] = vars(unwrapped(model)).setdefault(_MARK, {})
     marks = {name: _sizes(fills[name]) for name in fills if any(fill.scaled for fill in fills[name])}
     states = {name: _state(scaling.entries[name], parameters[name], fills[name]) for name in fills}
@@ -181,6 +181,19 @@ def _given(std: float | Mapping[str, float] | None, entries: Mapping[str, Entry]
     return resolve(std, entries)
 
 
+def _all_fills(scaling: "Scaling", names: list[str]) -> dict[str, list[_Fill]]:
+    """Those of every parameter; one UserError for all whose init is not known."""
+    fills, refused = {}, []
+    for name in names:
+        try:
+            fills[name] = _fills(scaling, name)
+        except UserError as error:
+            refused.append(str(error))
+    if refused:
+        raise UserError("; ".join(refused))
+    return fills
+
+
 def _fills(scaling: "Scaling", name: str) -> list[_Fill]:
     """What to multiply a parameter's own init by: what is filled apart, each by its law, and the rest."""
     entry = scaling.entries[name]
@@ -201,6 +214,9 @@ def _factors(scaling: "Scaling", name: str, base: Law | None, here: Law | None, 
             return [1.0]
         if base.centred and here.centred:
             return [factor * base.std / here.std for factor in init]
+        counted = not base.drawn and not here.drawn and base.std > 0
+        if counted and all(f == 1 for f in init) and abs(here.rms / base.rms - 1) < _SLACK:
+            return [1.0]  # a table, such as of sines, that is as large at every width
     if entry.kind is Kind.VECTOR or (entry.base_shape == entry.shape and all(f == 1 for f in init)):
         return [1.0]  # gains, gates, time constants: what a model draws or counts by its own law
     how = (
