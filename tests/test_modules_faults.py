@@ -483,6 +483,8 @@ def test_a_multiplier_on_what_is_no_tensor_is_refused(output):
 def test_a_multiplier_on_what_is_never_called_is_refused():
     make = lambda w: Branching(w, lambda x: x)  # noqa: E731
     assert "never is not called" in refusal(make, output_multipliers={"never": 0.5})
+    call = lambda model: model.never(model(torch.zeros(2, 4, device=model.f.weight.device)))  # noqa: E731
+    Scaling.between(make, BASE, TARGET, output_multipliers={"never": 0.5}, call=call)
     scaling = Scaling.between(make, BASE, TARGET, output_multipliers={"never": 0.5}, call=lambda model: 1 / 0)
     model = make(TARGET)
     scaling.initialize(model)

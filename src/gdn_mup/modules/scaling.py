@@ -300,7 +300,7 @@ def _lost_multipliers(model: nn.Module, seen: Pass, multiplied: Mapping[str, flo
                 Refusal(
                     ("output_multipliers",),
                     f"{pattern!r}: {paths[0]} is not called when the model runs, so that its multiplier would be lost",
-                    otherwise="name a module that is called",
+                    otherwise="name a module that is called, or, if training calls it, say how: call=lambda model: ...",
                 )
             )
         for path in paths:
