@@ -15,6 +15,7 @@ from torch import nn
 from gdn_mup import Depth, Scaling
 from gdn_mup.errors import UserError
 from gdn_mup.modules.parts import Rows
+from gdn_mup.scaling import rules
 from gdn_mup.scaling.growth import Axes, Growth
 from gdn_mup.scaling.rules import GDN_MUP
 
@@ -63,6 +64,11 @@ def test_importing_the_package_costs_neither_torch_nor_the_workflow():
 # Growth from shapes.
 
 
+def by_table(growth: Growth, optimizer: str) -> rules.Scaling:
+    """The row of the axes that grow."""
+    return GDN_MUP.rows[growth.axes].scaling(growth, optimizer, True)
+
+
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     layers=st.lists(
@@ -104,9 +110,9 @@ def test_every_layer_of_a_random_model_gets_the_row_of_its_own_growth(layers, m)
         growth = Growth(*(m if size != "fixed" else 1 for size in (reads, writes)), m)
         for optimizer in ("adamw", "sgd"):
             found = scaling.multipliers(optimizer)
-            assert found[f"{index}.weight"] == GDN_MUP.scaling(None, growth, optimizer)
+            assert found[f"{index}.weight"] == by_table(growth, optimizer)
             if f"{index}.bias" in found:
-                assert found[f"{index}.bias"] == GDN_MUP.scaling(None, growth._replace(fan_in=1), optimizer)
+                assert found[f"{index}.bias"] == by_table(growth._replace(fan_in=1), optimizer)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
@@ -115,7 +121,7 @@ def test_the_axes_of_a_bare_parameter_may_come_in_any_order(axes, m, stack):
     sizes = {"out": lambda w: 2 * w, "in": lambda w: w, "stack": lambda w: stack * w}
     make = alone(mixing=lambda w: [sizes[axis](w) for axis in axes])
     scaling = Scaling.between(make, 8, 8 * m, axes={"mixing": " ".join(axes)})
-    assert scaling.multipliers("adamw")["mixing"] == GDN_MUP.scaling(None, Growth(m, m, m), "adamw")
+    assert scaling.multipliers("adamw")["mixing"] == by_table(Growth(m, m, m), "adamw")
 
 
 def test_the_base_width_itself_has_multipliers_of_one_and_keeps_its_bits():
@@ -170,7 +176,9 @@ def query_and_key(model: Fused) -> list[int]:
 
 
 def test_a_fused_layer_whose_parts_grow_differently_is_refused_unless_they_are_named():
-    with pytest.raises(UserError, match=r"project\.weight: .* from 48 \(width 32\) to 144 \(128\).*parts="):
+    with pytest.raises(
+        UserError, match=r"project\.weight, project\.bias: .* from 48 \(width 32\) to 144 \(128\).*parts="
+    ):
         Scaling.between(Fused, BASE, TARGET)
     scaling = Scaling.between(Fused, BASE, TARGET, parts={"project": query_and_key})
     query, key = scaling.part_multipliers("project.weight", "adamw")
