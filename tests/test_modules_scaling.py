@@ -176,9 +176,7 @@ def query_and_key(model: Fused) -> list[int]:
 
 
 def test_a_fused_layer_whose_parts_grow_differently_is_refused_unless_they_are_named():
-    with pytest.raises(
-        UserError, match=r"project\.weight, project\.bias: .* 48 \(width 32\) to 144 \(128\).*parts="
-    ):
+    with pytest.raises(UserError, match=r"project\.weight, project\.bias: .* 48 \(width 32\) to 144 \(128\).*parts="):
         Scaling.between(Fused, BASE, TARGET)
     scaling = Scaling.between(Fused, BASE, TARGET, parts={"project": query_and_key})
     query, key = scaling.part_multipliers("project.weight", "adamw")
