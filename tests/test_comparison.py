@@ -50,6 +50,12 @@ def test_studies_of_one_length_become_one() -> None:
     assert table.loss_less_sp["gdn_mup"] == pytest.approx(both.loss_less_sp["gdn_mup"])
 
 
+def test_a_study_of_the_base_width_alone_says_nothing_of_transfer() -> None:
+    table = training_length({"short": trained(60), "long": trained(120).sel(width=[32])}).set_index(["rules", "tokens"])
+    longest = max(table.index.get_level_values("tokens"))
+    assert np.isnan(table.slope["gdn_mup", longest]) and np.isnan(table.loss_less_sp["gdn_mup", longest])
+
+
 def test_studies_that_differ_in_more_than_length_are_refused() -> None:
     decayed = trained(120)
     settings = decayed.attrs["settings"].replace('"weight_decay": 0.0', '"weight_decay": 0.1')

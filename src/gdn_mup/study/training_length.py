@@ -88,8 +88,8 @@ def training_length(datasets: Mapping[str, xr.Dataset]) -> pd.DataFrame:
 def _less_sp(dataset: xr.Dataset, sweep: Transfer, width: int) -> tuple[Estimate, int]:
     """The best loss at a width less that under SP, and by how many seeds: those that both have."""
     reference = transfer(dataset, sweep.growth, sweep.optimizer, "sp")
-    if sweep.rules == "sp" or reference is None or width not in reference.curves:
-        return Estimate(reason="no SP to compare with"), 0
+    if sweep.rules == "sp" or reference is None or width not in reference.curves or width == sweep.base_width:
+        return Estimate(reason="no SP to compare with"), 0  # at the base width rule sets are one model
     shared = sweep.curves[width].index.intersection(reference.curves[width].index)
     both = dataset.sel(seed=shared.to_numpy(), width=[sweep.base_width, width])
     found = [transfer(both, sweep.growth, sweep.optimizer, rules) for rules in (sweep.rules, "sp")]

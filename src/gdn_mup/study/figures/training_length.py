@@ -48,6 +48,7 @@ def transfer_against_training_length(datasets: Mapping[str, xr.Dataset]) -> Draw
     Raises UserError if nothing was run at two lengths, or if studies differ in more than length.
     """
     table = training_length(datasets)
+    table = table[table.slope.notna()]  # a study of one width says nothing yet
     table = table[table.groupby(["growth", "optimizer"]).tokens.transform("nunique") > 1]
     if table.empty:
         raise UserError("no sweep was run at two training lengths; name studies that differ in `training.steps`")
