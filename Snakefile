@@ -31,3 +31,14 @@ rule all:
     input:
         get_products(STUDY),
         f"results/{STUDY}/report.html",
+
+
+rule compare:
+    input:
+        expand(
+            "results/comparisons/{comparison}.{suffix}",
+            comparison=sorted(
+                os.path.splitext(os.path.basename(path))[0] for path in glob.glob("config/comparisons/*.yaml")
+            ),
+            suffix=("svg", "png", "csv"),
+        ),

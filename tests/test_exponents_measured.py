@@ -11,8 +11,9 @@ from gdn_mup.errors import UserError
 from gdn_mup.measurement.coordinates import coordinate_check
 from gdn_mup.scaling.growth import Axes
 from gdn_mup.scaling.rules import ONE, RULE_SETS
-from gdn_mup.study.claims import judge_all
+from gdn_mup.study.claims import PREACTIVATIONS, TRUNK, judge_all
 from gdn_mup.study.datasets import combine
+from gdn_mup.study.equivalence import EXPONENT_MARGIN
 from gdn_mup.study.exponents import exponents, gate_gradients
 from gdn_mup.study.figures import gate_gradient_exponents, predicted_exponents
 from gdn_mup.study.plan import settings_hash
@@ -60,9 +61,20 @@ def verdict(dataset: xr.Dataset, claim: str, rules: str) -> str:
     return next(v.verdict for v in judge_all({"coordinates": dataset}) if (v.claim, v.rules) == (claim, rules))
 
 
+def growing(dataset: xr.Dataset, rules: str) -> set[str]:
+    """What training changes more the wider the model is, by an interval beyond the margin."""
+    table = exponents(dataset)
+    shown = table.name.isin((*TRUNK, *PREACTIVATIONS)) & (table.rules == rules)
+    last = table[shown & (table.measure == "change") & (table.step == table.step.max())]
+    return set(last.name[last.low > EXPONENT_MARGIN])
+
+
 def test_changes_grow_under_sp_and_not_under_gdn_mup(checked: xr.Dataset) -> None:
-    assert verdict(checked, "C5", "sp") == "reproduced"
-    assert verdict(checked, "C5", "gdn_mup") == "reproduced"
+    """At these widths and after four updates the logits' change still shrinks under gdn_mup, which the verdict says."""
+    assert verdict(checked, "C5", "sp") == "reproduced" and growing(checked, "sp")
+    assert not growing(checked, "gdn_mup")
+    (found,) = (v for v in judge_all({"coordinates": checked}) if (v.claim, v.rules) == ("C5", "gdn_mup"))
+    assert found.verdict == "not reproduced" and found.reason.endswith("beyond ±0.25: logits")
 
 
 def test_a_learning_rate_left_unscaled_turns_the_verdict(tokens: TokenFile, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,7 +82,8 @@ def test_a_learning_rate_left_unscaled_turns_the_verdict(tokens: TokenFile, monk
     hidden = ours.rows[Axes.BOTH]._replace(adamw_learning_rate=ONE)
     rows = {**ours.rows, Axes.BOTH: hidden}
     monkeypatch.setitem(RULE_SETS, "gdn_mup", dataclasses.replace(ours, rows=rows))
-    assert verdict(measure(tokens), "C5", "gdn_mup") == "not reproduced"
+    mistaken = measure(tokens)
+    assert verdict(mistaken, "C5", "gdn_mup") == "not reproduced" and growing(mistaken, "gdn_mup")
 
 
 def test_weights_and_updates_have_the_exponents_of_the_rules(checked: xr.Dataset) -> None:

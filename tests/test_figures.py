@@ -741,6 +741,8 @@ def test_notebook_runs_by_itself(
     """With its default parameters, from its own folder, as when opened in Jupyter."""
     (tmp_path / "Snakefile").touch()
     (tmp_path / "notebooks").mkdir()
+    (tmp_path / "results").mkdir()  # with what figures of several studies are drawn from
+    (tmp_path / "results/reference").symlink_to(Path(__file__).parents[1] / "results/reference")
     monkeypatch.chdir(tmp_path / "notebooks")
     cells = json.loads(path.read_text("utf-8"))["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]

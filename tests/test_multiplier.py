@@ -113,7 +113,7 @@ def test_the_claim_is_reproduced_by_models_and_by_formulae(checked: xr.Dataset) 
     for dataset in (checked, in_memory(study(), "multiplier")):
         verdict, reason = multiplier_verdict(dataset)
         assert verdict == "reproduced", reason
-        assert "rank correlation -0.9" in reason or "rank correlation -1.0" in reason
+        assert "rank correlation −0.9" in reason or "rank correlation −1.0" in reason
 
 
 def test_a_multiplier_that_no_norm_follows_refutes_the_claim(

@@ -36,14 +36,3 @@ rule comparison:
     shell:
         "python workflow/scripts/run_notebook.py {input.notebook} {output.notebook}"
         ' "studies={params.studies}" output={params.output} > {log} 2>&1'
-
-
-rule compare:
-    input:
-        expand(
-            "results/comparisons/{comparison}.{suffix}",
-            comparison=sorted(
-                os.path.splitext(os.path.basename(path))[0] for path in glob.glob("config/comparisons/*.yaml")
-            ),
-            suffix=("svg", "png", "csv"),
-        ),
