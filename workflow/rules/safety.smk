@@ -18,7 +18,9 @@ put_back = set()
 
 def restore_output(persistence, path, restore=PersistenceBase.restore_output):
     kept = persistence._get_backup_path(path).exists()
-    elsewhere = workflow.is_main_process and workflow.nodes is not None and os.path.exists(path)  # put back where it ran
+    elsewhere = (
+        workflow.is_main_process and workflow.nodes is not None and os.path.exists(path)
+    )  # put back where it ran
     if not kept and not elsewhere:  # there was none before the job
         return False
     put_back.add(str(path))
