@@ -1,5 +1,6 @@
 # Everything in Python that the rules need: what a study asks for, and the settings that each job depends on.
 import glob
+import json
 import os
 import re
 import sys
@@ -160,6 +161,21 @@ def get_job_files(kind: str):
     return get_files
 
 
+def check_base_width(path: str, study: Study) -> None:
+    """Stop if nothing of a published dataset was run at the base width."""
+    import xarray
+
+    with xarray.open_dataset(path, engine="h5netcdf") as dataset:
+        missing = json.loads(dataset.attrs["missing_jobs"])
+    if all(job.path in missing for job in study.jobs("lr_sweep") if job.width == study.model.base_width):
+        stop(
+            UserError(
+                f"{path}: nothing was run at the base width ({study.model.base_width}) yet, whose best learning rate "
+                "every figure carries upward; open the dataset with xarray, or run the study"
+            )
+        )
+
+
 def get_kinds(name: str) -> list[str]:
     """The kinds of datasets that there are of a study: those of its experiments, or those that are published."""
     if not PUBLISHED:
@@ -173,6 +189,8 @@ def get_kinds(name: str) -> list[str]:
                 f"there are those of: {', '.join(published) or 'none'}"
             )
         )
+    if "lr_sweep" in kinds:
+        check_base_width(f"results/reference/{name}/lr_sweep.nc", get_study(name))
     return kinds
 
 
