@@ -262,7 +262,7 @@ def collect(paths: Sequence[Path | str], kind: DatasetKind, study: Study) -> xr.
             raise UserError(f"{path}: the same job as {jobs[job][0]}; give only one of the two")
         jobs[job] = (path, dataset)
     for path in collected:
-        for dataset in open_jobs(path, kind):
+        for dataset in _jobs_in(open_dataset(path, kind), path, kind):
             job = job_of(dataset, kind)
             _check_settings(path, job, dataset, study)
             jobs.setdefault(job, (path, dataset))
